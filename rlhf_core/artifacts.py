@@ -1,0 +1,196 @@
+"""Artifacts: immutable results of stages, made to exist by a manifest written last.
+
+Layout under the store's root: `{stage}/{name}-{fingerprint12}/` with `manifest.json`, the result's files, and
+`attempts/NNNN/` (job.json, log.txt, metrics.jsonl, result.json), one folder for each launch. `publish` verifies size and
+sha256 of every file in the store and then writes the manifest create-only; a reader needs one GET to know whether an
+artifact exists, and `fetch` verifies again what it takes.
+"""
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from rlhf_core.canonical import fingerprint
+from rlhf_core.errors import AlreadyExists, IntegrityError
+from rlhf_core.specs import Frozen, StageName
+from rlhf_core.store import Store
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+class ArtifactRef(Frozen):
+    """The id of an artifact: what it is, a name for people, and the fingerprint of what defines it."""
+
+    stage: StageName
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @property
+    def id(self) -> str:
+        """`stage/name-fingerprint12`; also the artifact's folder in the store."""
+        return f"{self.stage}/{self.name}-{self.fingerprint[:12]}"
+
+    def __str__(self) -> str:
+        return self.id
+
+
+class FileEntry(Frozen):
+    """One file of an artifact."""
+
+    path: str = Field(description="relative to the artifact's folder, never out of it")
+    size: int = Field(ge=0, description="bytes")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, path: str) -> str:
+        if path.startswith("/") or "\\" in path or any(part in ("", ".", "..") for part in path.split("/")):
+            raise ValueError(f"{path!r} must be relative, without empty, '.' or '..' parts")
+        return path
+
+
+class Manifest(Frozen):
+    """The record whose presence makes an artifact exist."""
+
+    schema_version: int = SCHEMA
+    ref: ArtifactRef
+    spec: dict[str, Any] = Field(description="the identity that was hashed: the spec with places replaced by digests")
+    inputs: dict[str, ArtifactRef] = {}
+    files: tuple[FileEntry, ...]
+    metrics: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def file(self, path: str) -> FileEntry:
+        """The entry of one file; KeyError if the artifact has none."""
+        for entry in self.files:
+            if entry.path == path:
+                return entry
+        raise KeyError(path)
+
+
+def make_ref(stage: StageName, name: str, spec: dict[str, Any], inputs: dict[str, ArtifactRef]) -> ArtifactRef:
+    """The id of what `stage` makes of `spec` and `inputs`: a hash of both and of nothing else."""
+    ids = {key: ref.fingerprint for key, ref in inputs.items()}
+    return ArtifactRef(
+        stage=stage,
+        name=name,
+        fingerprint=fingerprint({"schema": SCHEMA, "stage": stage, "spec": spec, "inputs": ids}),
+    )
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a local file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe(folder: Path) -> tuple[FileEntry, ...]:
+    """Entries of all files below a local folder, in order of path."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return tuple(
+        FileEntry(path=p.relative_to(folder).as_posix(), size=p.stat().st_size, sha256=sha256_file(p)) for p in files
+    )
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Manifest from its bytes; IntegrityError if it is not one that this version can read."""
+    try:
+        raw = json.loads(data)
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if isinstance(version, int) and version > SCHEMA:
+            raise IntegrityError(f"{where}: schema {version} is newer than {SCHEMA}, which this version reads; upgrade")
+        return Manifest.model_validate(raw)
+    except (ValueError, ValidationError) as error:
+        raise IntegrityError(f"{where}: not a manifest: {error}") from error
+
+
+def read_manifest(store: Store, ref: ArtifactRef) -> Manifest | None:
+    """The manifest, or None if the artifact does not exist. Storage errors raise."""
+    key = f"{ref.id}/{MANIFEST}"
+    try:
+        data = store.read(key)
+    except KeyError:
+        return None
+    manifest = parse_manifest(data, f"{store.url}/{key}")
+    if manifest.ref.fingerprint != ref.fingerprint:
+        raise IntegrityError(f"{store.url}/{key}: is the manifest of {manifest.ref.fingerprint}, not {ref.fingerprint}")
+    return manifest
+
+
+def list_manifests(store: Store, stage: StageName | None = None) -> list[Manifest]:
+    """All published artifacts (of one stage), oldest first; what is not published is not listed."""
+    keys = [k for k in store.list(stage or "") if k.endswith(f"/{MANIFEST}") and k.count("/") == 2]
+    return sorted((parse_manifest(store.read(k), k) for k in keys), key=lambda m: m.created)
+
+
+def verify(store: Store, ref: ArtifactRef, files: Iterable[FileEntry], checksums: bool = True) -> None:
+    """Compare what is stored with its entries; IntegrityError names the first file that differs."""
+    sizes = store.list(ref.id)
+    for entry in files:
+        key = f"{ref.id}/{entry.path}"
+        if key not in sizes:
+            raise IntegrityError(f"{store.url}/{key}: missing; the manifest lists it")
+        if sizes[key] != entry.size:
+            raise IntegrityError(f"{store.url}/{key}: {sizes[key]} bytes, the manifest says {entry.size}")
+        if checksums and _sha256(store, key) != entry.sha256:
+            raise IntegrityError(f"{store.url}/{key}: content differs from the manifest's sha256 {entry.sha256[:12]}…")
+
+
+def _sha256(store: Store, key: str) -> str:
+    local = store.local_path(key)
+    return sha256_file(local) if local else hashlib.sha256(store.read(key)).hexdigest()
+
+
+def publish(store: Store, manifest: Manifest) -> Manifest:
+    """Verify the files and write the manifest, create-only; returns the manifest that stands.
+
+    If another run published the same artifact first, its manifest stands and is returned.
+    """
+    verify(store, manifest.ref, manifest.files)
+    try:
+        store.write(f"{manifest.ref.id}/{MANIFEST}", manifest.model_dump_json(indent=1).encode(), create=True)
+    except AlreadyExists:
+        standing = read_manifest(store, manifest.ref)
+        assert standing is not None
+        return standing
+    return manifest
+
+
+def fetch(store: Store, ref: ArtifactRef, cache: Path) -> tuple[Path, Manifest]:
+    """A local folder with the artifact's files, verified, and its manifest.
+
+    A local store is read in place. Otherwise files go to `cache`, once for all processes of the node: the first to
+    take the lock downloads, the others wait and use the same folder.
+    """
+    manifest = read_manifest(store, ref)
+    if manifest is None:
+        raise IntegrityError(f"{store.url}/{ref.id}: not published; run the stage that makes it first")
+    in_place = store.local_path(ref.id)
+    if in_place is not None:
+        verify(store, ref, manifest.files)
+        return in_place, manifest
+    folder = cache / ref.fingerprint
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{ref.fingerprint}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder, manifest
+        partial = cache / f"{ref.fingerprint}.part"
+        shutil.rmtree(partial, ignore_errors=True)
+        for entry in manifest.files:
+            local = partial / entry.path
+            store.download(f"{ref.id}/{entry.path}", local)
+            if sha256_file(local) != entry.sha256:
+                raise IntegrityError(f"{store.url}/{ref.id}/{entry.path}: content differs from the manifest's sha256")
+        partial.mkdir(exist_ok=True)
+        partial.rename(folder)
+    return folder, manifest

@@ -1,0 +1,166 @@
+"""PipelineConfig: one YAML file, checked by pydantic, with `key=value` overrides.
+
+People write YAML, machines resolved JSON. Every mistake becomes one `ConfigError` that names the field, the value, the rule
+and, for an unknown key, the nearest known one. The same model is the parameter of the Prefect flow.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from rlhf_core.errors import ConfigError
+from rlhf_core.resources import ResourceTable
+from rlhf_core.specs import (
+    DataSpec,
+    EvaluateSpec,
+    Frozen,
+    ModelSpec,
+    PPOSpec,
+    RewardSpec,
+    SFTSpec,
+)
+
+
+class PipelineConfig(Frozen):
+    """The whole pipeline: data -> sft -> reward -> ppo -> evaluate."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="part of every artifact's id")
+    store: str = Field("file://./.rlhf/store", description="root URL of the artifacts: file://, s3:// or memory://")
+    seed: int = Field(0, description="of every stage that sets none")
+    model: ModelSpec
+    data: DataSpec
+    sft: SFTSpec = SFTSpec()
+    reward: RewardSpec = RewardSpec()
+    ppo: PPOSpec = PPOSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    resources: ResourceTable = ResourceTable()
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        rules = (
+            ("sft", "sft.batch_size", self.sft.batch_size),
+            ("reward", "reward.batch_size", self.reward.batch_size),
+            ("ppo", "ppo.rollout_batch_size / ppo.minibatches", self.ppo.rollout_batch_size // self.ppo.minibatches),
+        )
+        for stage, field, size in rules:
+            processes = self.resources.of(stage).processes
+            if size % processes:
+                raise ValueError(
+                    f"{field} = {size} cannot be divided among {processes} processes; "
+                    f"use a multiple of {processes} or change resources.processes"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_positions(self) -> Self:
+        answers = max(self.data.max_response_tokens, self.ppo.max_response_tokens or 0)
+        longest = self.data.max_prompt_tokens + answers
+        if self.model.family and longest > self.model.positions:
+            raise ValueError(
+                f"data.max_prompt_tokens {self.data.max_prompt_tokens} + max_response_tokens {answers} = {longest} "
+                f"exceeds model.positions {self.model.positions}; shorten one or raise model.positions"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> PipelineConfig:
+    """Read a YAML file and apply overrides like `ppo.kl.coef=0.1`; ConfigError on anything wrong."""
+    file = Path(path)
+    try:
+        raw = yaml.safe_load(file.read_text())
+    except FileNotFoundError:
+        near = sorted(p.name for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
+        raise ConfigError(f"{file}: no such file" + (f"; there are: {', '.join(near)}" if near else "")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: must be a mapping of fields, is a {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw, str(file))
+
+
+def parse_config(raw: Mapping[str, Any], where: str = "configuration") -> PipelineConfig:
+    """Check a mapping; ConfigError lists every mistake, one a line."""
+    try:
+        return PipelineConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(dict(e), raw) for e in error.errors()]
+        raise ConfigError(f"{where}: " + ("\n  " if len(lines) > 1 else "") + "\n  ".join(lines)) from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {override!r}: write key=value, e.g. --set ppo.kl.coef=0.1")
+    *parents, last = path.split(".")
+    node: Any = raw
+    for i, key in enumerate(parents):
+        if isinstance(node, list):
+            node = _item(node, key, override)
+            continue
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"--set {override!r}: {'.'.join(parents[: i + 1])} is a value, it has no field {last!r}")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from None
+    if isinstance(node, list):
+        _item(node, last, override)
+        node[int(last)] = value
+    else:
+        node[last] = value
+        _exclude_rival(node, parents, last, value)
+
+
+def _exclude_rival(node: dict[str, Any], parents: list[str], last: str, value: Any) -> None:
+    """Setting model.family on a file with model.path (or the reverse) replaces the other."""
+    rival = {"family": "path", "path": "family"}.get(last)
+    if parents == ["model"] and rival and value is not None:
+        node.pop(rival, None)
+
+
+def _item(node: list[Any], key: str, override: str) -> Any:
+    if not key.isdigit() or int(key) >= len(node):
+        raise ConfigError(f"--set {override!r}: {key!r} is no index of a list of {len(node)}; use 0 to {len(node) - 1}")
+    return node[int(key)]
+
+
+def _explain(error: dict[str, Any], raw: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "configuration"
+    if error["type"] == "extra_forbidden":
+        known = _fields_at([p for p in error["loc"][:-1]])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}" if known else "remove it"
+        return f"{where}: unknown key; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    value = error.get("input")
+    shown = f" (is {value!r})" if not isinstance(value, dict | BaseModel) and error["type"] != "missing" else ""
+    return f"{where}: {message}{shown}"
+
+
+def _fields_at(loc: list[Any]) -> list[str]:
+    """Field names of the model found by walking `loc` through the annotations; best effort, for hints."""
+    models: list[type[BaseModel]] = [PipelineConfig]
+    for part in loc:
+        found: list[type[BaseModel]] = []
+        for model in models:
+            if part in model.model_fields:
+                found += _models_in(model.model_fields[part].annotation)
+        models = found or models
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for arg in get_args(annotation) for model in _models_in(arg)]

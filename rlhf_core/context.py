@@ -1,0 +1,82 @@
+"""What a stage sees of the job it runs in: its spec, its inputs on local disk, its output folder, and a way to report.
+
+One `JobContext` a rank. Rank 0 alone prints progress and writes `metrics.jsonl`; all ranks may read inputs. Nothing here
+imports torch, so that the data stage starts fast.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.artifacts import Manifest, fetch
+from rlhf_core.job import JobSpec, progress_line
+from rlhf_core.store import Store
+
+
+@dataclass(frozen=True)
+class JobContext:
+    """One rank's view of a running job.
+
+    Attributes:
+        job: the launch request.
+        store: where inputs come from and the result goes.
+        out: local folder; what rank 0 leaves here becomes the artifact's files.
+        rank: 0 to world - 1.
+        world: number of ranks.
+    """
+
+    job: JobSpec
+    store: Store
+    out: Path
+    rank: int = 0
+    world: int = 1
+    started: float = field(default_factory=time.monotonic)
+    _fetched: dict[str, tuple[Path, Manifest]] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        """The stage's seed."""
+        return int(self.job.spec["seed"])
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank reports and writes."""
+        return self.rank == 0
+
+    def input(self, name: str) -> Path:
+        """Local folder of an input artifact, verified, e.g. input("sft") / "model"."""
+        return self._fetch(name)[0]
+
+    def input_manifest(self, name: str) -> Manifest:
+        """Manifest of an input artifact."""
+        return self._fetch(name)[1]
+
+    def _fetch(self, name: str) -> tuple[Path, Manifest]:
+        if name not in self._fetched:
+            cache = Path(tempfile.gettempdir()) / "rlhf-cache"
+            self._fetched[name] = fetch(self.store, self.job.inputs[name], cache)
+        return self._fetched[name]
+
+    def progress(
+        self, step: int, total: int, phase: str, metrics: dict[str, float] | None = None, unit: str = "step"
+    ) -> None:
+        """Tell the control plane how far this stage is; also the sign of life that keeps it from being ended as hung."""
+        if self.is_main:
+            event = {"step": step, "total": total, "unit": unit, "phase": phase, "metrics": metrics or {}}
+            print(progress_line(event), flush=True)
+
+    def log(self, kind: str, step: int, metrics: dict[str, Any]) -> None:
+        """Append one line to the artifact's metrics.jsonl: {"kind": "train"|"eval", "step", "seconds", ...}."""
+        if self.is_main:
+            row = {"kind": kind, "step": step, "seconds": round(time.monotonic() - self.started, 3), **metrics}
+            with (self.out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def say(self, message: str) -> None:
+        """One line for the job's log, from rank 0."""
+        if self.is_main:
+            print(f"[{self.job.stage}] {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,91 @@
+"""JobSpec: one resolved launch request, the only way in to a job; result.json is the way out.
+
+`job.json` holds all that the ranks need (spec, inputs, resources, store, output), no credentials. The job's rank 0 uploads
+the result's files below the artifact and then `result.json`, which lists them; the control plane verifies and publishes.
+While the job runs, rank 0 prints progress as single lines that begin with `PROGRESS`.
+"""
+
+import json
+from typing import Any
+
+from pydantic import Field
+
+from rlhf_core.artifacts import ArtifactRef, FileEntry
+from rlhf_core.errors import AlreadyExists, StoreError
+from rlhf_core.resources import Resources
+from rlhf_core.specs import Frozen, ModelSpec, StageName
+from rlhf_core.store import Store
+
+PROGRESS = "@rlhf "
+
+
+class JobSpec(Frozen):
+    """One launch of one stage."""
+
+    stage: StageName
+    store: str = Field(description="root URL")
+    output: ArtifactRef
+    attempt: int = Field(ge=1)
+    job_id: str = Field(description="unique; every process of the job carries it in RLHF_JOB_ID")
+    spec: dict[str, Any] = Field(description="the stage's spec with seed and places resolved")
+    identity: dict[str, Any] = Field(description="what the fingerprint hashed")
+    inputs: dict[str, ArtifactRef] = {}
+    model: ModelSpec | None = Field(None, description="the pipeline's base model")
+    resources: Resources = Resources()
+
+    @property
+    def folder(self) -> str:
+        """The attempt's folder in the store."""
+        return f"{self.output.id}/attempts/{self.attempt:04d}"
+
+
+class JobResult(Frozen):
+    """What a finished job says of itself."""
+
+    job_id: str
+    files: tuple[FileEntry, ...]
+    metrics: dict[str, Any]
+    seconds: float = Field(ge=0, description="wall time inside the job")
+    provenance: dict[str, Any] = {}
+
+
+def create_job(store: Store, job: JobSpec) -> JobSpec:
+    """Write job.json under the next free attempt number (create-only) and return the job with that number."""
+    numbers = [int(k.split("/")[3]) for k in store.list(f"{job.output.id}/attempts") if k.endswith("/job.json")]
+    number = max(numbers, default=0) + 1
+    for candidate in range(number, number + 1000):
+        numbered = job.model_copy(update={"attempt": candidate})
+        try:
+            store.write(f"{numbered.folder}/job.json", numbered.model_dump_json(indent=1).encode(), create=True)
+            return numbered
+        except AlreadyExists:
+            continue
+    raise StoreError(f"{job.output.id}: no free attempt number after {number}")
+
+
+def read_job(url: str) -> tuple[Store, JobSpec]:
+    """The store and the job behind the URL of a job.json."""
+    root, _, key = url.partition("#")
+    store = Store(root)
+    return store, JobSpec.model_validate_json(store.read(key))
+
+
+def job_url(store: Store, job: JobSpec) -> str:
+    """The URL that `read_job` takes: the store's root, '#', the key."""
+    return f"{store.url}#{job.folder}/job.json"
+
+
+def progress_line(event: dict[str, Any]) -> str:
+    """One event as a line for the launcher: {"step", "total", "unit", "phase", "metrics": {...}}."""
+    return PROGRESS + json.dumps(event, separators=(",", ":"))
+
+
+def parse_progress(line: str) -> dict[str, Any] | None:
+    """The event of a progress line, None for any other line."""
+    if not line.startswith(PROGRESS):
+        return None
+    try:
+        event = json.loads(line[len(PROGRESS) :])
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None

@@ -1,0 +1,119 @@
+"""The plan: for each stage its artifact id, whether it is there already, and if not, why it will be built.
+
+The flow and `rlhf plan` both work from here, so what was announced is what happens. Ids depend only on specs, digests of
+outside inputs, and upstream ids; so the whole plan is known before anything runs.
+"""
+
+from typing import Any
+
+from rlhf_core.artifacts import ArtifactRef, Manifest, list_manifests, make_ref, read_manifest
+from rlhf_core.canonical import differences
+from rlhf_core.config import PipelineConfig
+from rlhf_core.errors import IntegrityError
+from rlhf_core.sources import Digest, content_id, data_identity, model_identity
+from rlhf_core.specs import STAGES, Frozen, StageName
+from rlhf_core.store import Store
+
+INPUTS: dict[StageName, tuple[StageName, ...]] = {
+    "data": (),
+    "sft": ("data",),
+    "reward": ("data", "sft"),
+    "ppo": ("data", "sft", "reward"),
+    "evaluate": ("data", "sft", "reward", "ppo"),
+}
+
+
+class StagePlan(Frozen):
+    """What will happen to one stage."""
+
+    stage: StageName
+    ref: ArtifactRef
+    action: str  # "reuse" or "build"
+    why: str
+    spec: dict[str, Any]
+    identity: dict[str, Any]
+    inputs: dict[str, ArtifactRef]
+
+
+def stage_spec(config: PipelineConfig, stage: StageName) -> dict[str, Any]:
+    """The stage's spec as plain JSON with the pipeline's defaults filled in."""
+    spec = getattr(config, stage).model_dump(mode="json")
+    if spec.get("seed") is None:
+        spec["seed"] = config.seed
+    if stage in ("ppo", "evaluate") and spec["max_response_tokens"] is None:
+        spec["max_response_tokens"] = config.data.max_response_tokens
+    return spec
+
+
+def stage_identity(config: PipelineConfig, stage: StageName, of: Digest = content_id) -> dict[str, Any]:
+    """What the fingerprint hashes: the resolved spec, with places replaced by digests.
+
+    The base model is part of the stages that read it: sft starts from it, data takes its tokenizer or samples from it.
+    """
+    identity = stage_spec(config, stage)
+    if stage == "data":
+        identity = {**data_identity(config.data, of), "seed": identity["seed"]}
+        if config.data.tokenizer.path is None and config.data.tokenizer.train_vocab_size is None:
+            identity["model"] = model_identity(config.model, of)
+        if config.data.sampled_pairs:
+            identity["model"] = model_identity(config.model, of)
+    if stage == "sft":
+        identity["model"] = model_identity(config.model, of)
+    return identity
+
+
+def stage_refs(config: PipelineConfig, of: Digest = content_id) -> dict[StageName, ArtifactRef]:
+    """The artifact ids of all stages, in order."""
+    refs: dict[StageName, ArtifactRef] = {}
+    for stage in STAGES:
+        inputs = {name: refs[name] for name in INPUTS[stage]}
+        refs[stage] = make_ref(stage, config.name, stage_identity(config, stage, of), {**inputs})
+    return refs
+
+
+def plan_stage(
+    config: PipelineConfig, stage: StageName, refs: dict[StageName, ArtifactRef], store: Store, force: bool = False
+) -> StagePlan:
+    """Whether one stage is reused or built, and why."""
+    ref = refs[stage]
+    identity = stage_identity(config, stage)
+    inputs: dict[str, ArtifactRef] = {name: refs[name] for name in INPUTS[stage]}
+    manifest = read_manifest(store, ref)
+    if force:
+        action, why = "build", "forced"
+    elif manifest is not None:
+        action, why = "reuse", f"made {manifest.created}"
+    else:
+        action, why = "build", _why(store, stage, identity, inputs)
+    return StagePlan(
+        stage=stage, ref=ref, action=action, why=why, spec=stage_spec(config, stage), identity=identity, inputs=inputs
+    )
+
+
+def make_plan(config: PipelineConfig, store: Store, force: tuple[str, ...] = ()) -> list[StagePlan]:
+    """The plan of the whole pipeline."""
+    refs = stage_refs(config)
+    return [plan_stage(config, stage, refs, store, stage in force) for stage in STAGES]
+
+
+def _why(store: Store, stage: StageName, identity: dict[str, Any], inputs: dict[str, ArtifactRef]) -> str:
+    """The nearest published artifact of the stage and what differs from it."""
+    nearest: tuple[int, Manifest, list[str]] | None = None
+    try:
+        candidates = list_manifests(store, stage)
+    except IntegrityError as error:
+        return f"new (others cannot be compared: {error})"
+    for manifest in candidates:
+        changes = differences(manifest.spec, identity)
+        reasons = [f"{path}: {old} -> {new}" for path, (old, new) in changes.items()]
+        for name, ref in inputs.items():
+            before = manifest.inputs.get(name)
+            if before is None or before.fingerprint != ref.fingerprint:
+                reasons.append(f"input {name} changed")
+        if nearest is None or len(reasons) <= nearest[0]:
+            nearest = (len(reasons), manifest, reasons)
+    if nearest is None:
+        return "first of its kind in this store"
+    _, manifest, reasons = nearest
+    shown = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
+    return f"nearest {manifest.ref.id}: {shown or 'same definition under another name'}"

@@ -1,0 +1,112 @@
+"""Outside inputs: where they are, whether they are there, and a digest of what they hold.
+
+A spec names outside inputs by place (a path, a hub name); its identity must not depend on places. `identity` is the spec as
+plain JSON with each place replaced by the sha256 of its content (files) or by name@revision (hub). Digests of big files are
+remembered by path, size and modification time under `~/.cache/rlhf`.
+"""
+
+import hashlib
+import importlib.resources
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.artifacts import sha256_file
+from rlhf_core.errors import ConfigError
+from rlhf_core.specs import DataSpec, FileSource, ModelSpec
+
+# What defines a model or tokenizer folder; other files (README, optimizer states) do not.
+MODEL_FILES = ("*.json", "*.safetensors", "*.gguf", "*.model", "*.txt", "*.jinja")
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a model path can only be a hub name: `owner/name` or `name`, nothing on this disk."""
+    return not path.startswith((".", "/", "~", "package:")) and path.count("/") <= 1 and not path.endswith(".gguf")
+
+
+def local_path(path: str, field: str) -> Path:
+    """The place on this disk that `path` names; ConfigError if nothing is there.
+
+    `package:NAME/FILE` is a file inside an installed Python package.
+    """
+    if path.startswith("package:"):
+        package, _, inner = path.removeprefix("package:").partition("/")
+        try:
+            found = Path(str(importlib.resources.files(package))) / inner
+        except ModuleNotFoundError:
+            raise ConfigError(f"{field}: {path!r}: the Python package {package!r} is not installed; pip install it") from None
+    else:
+        found = Path(path).expanduser()
+    if not found.exists():
+        raise ConfigError(
+            f"{field}: {path!r} does not exist (looked for {found.absolute()}); paths are relative to the working directory"
+        )
+    return found
+
+
+def resolve_model(path: str, field: str = "model.path") -> str:
+    """What transformers can load: a local path, or the hub name as it is."""
+    if Path(path).expanduser().exists() or not is_hub_name(path):
+        return str(local_path(path, field))
+    return path
+
+
+def digest(path: Path) -> str:
+    """sha256 over a file, or over the names and contents of a model folder's defining files."""
+    if path.is_file():
+        return _file_digest(path)
+    files = sorted({f for pattern in MODEL_FILES for f in path.glob(pattern) if f.is_file()})
+    text = "".join(f"{f.name}\0{_file_digest(f)}\n" for f in files)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    stat = path.stat()
+    if stat.st_size < 64 << 20:
+        return sha256_file(path)
+    memory = Path.home() / ".cache" / "rlhf" / "digests.json"
+    key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    try:
+        known = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if key not in known:
+        known[key] = sha256_file(path)
+        try:
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            temporary = memory.with_name(f"{memory.name}.{os.getpid()}")
+            temporary.write_text(json.dumps(known))
+            temporary.replace(memory)
+        except OSError:
+            pass  # a memory that cannot be kept only costs hashing again
+    return str(known[key])
+
+
+Digest = Callable[[str, str], str]
+
+
+def content_id(path: str, field: str) -> str:
+    """Identity of what a path holds: its digest on this disk, `hub:NAME` for a hub name."""
+    if not Path(path).expanduser().exists() and is_hub_name(path):
+        return f"hub:{path}"
+    return f"sha256:{digest(local_path(path, field))}"
+
+
+def model_identity(model: ModelSpec, of: Digest = content_id, field: str = "model.path") -> dict[str, Any]:
+    """Identity of a model: digest for a pretrained one, family and sizes for a new one."""
+    if model.path:
+        return {"content": of(model.path, field), "revision": model.revision}
+    return model.model_dump(mode="json", exclude={"path", "revision"})
+
+
+def data_identity(spec: DataSpec, of: Digest = content_id) -> dict[str, Any]:
+    """Identity of a data spec: paths replaced by digests."""
+    dumped = spec.model_dump(mode="json")
+    for i, source in enumerate(spec.sources):
+        if isinstance(source, FileSource):
+            dumped["sources"][i]["paths"] = [of(p, f"data.sources[{i}].paths") for p in source.paths]
+    if spec.tokenizer.path:
+        dumped["tokenizer"]["path"] = of(spec.tokenizer.path, "data.tokenizer.path")
+    return dumped

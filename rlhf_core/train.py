@@ -1,0 +1,135 @@
+"""Entry point of every job: `deepspeed --module rlhf_core.train --job URL` (the data stage: plain `python -m`).
+
+Reads job.json, runs the stage on this rank, and on rank 0 uploads the result's files and then result.json. Errors with a
+meaning end as one line and their exit code; anything else as a traceback and exit code 1. SIGUSR1 dumps all stacks. A rank
+ends itself when the guard that owns the job is gone, so that nothing outlives the control plane.
+"""
+
+import argparse
+import faulthandler
+import os
+import platform
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.artifacts import describe
+from rlhf_core.context import JobContext
+from rlhf_core.errors import ExitCode, RlhfError
+from rlhf_core.job import JobResult, JobSpec, read_job
+from rlhf_core.store import Store
+
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "rlhf")
+
+
+def stage_runner(stage: str) -> Callable[[JobContext], dict[str, Any]]:
+    """The function that runs a stage; imports only what that stage needs."""
+    if stage == "data":
+        from rlhf_core.data.build import run
+    elif stage == "sft":
+        from rlhf_core.sft import run
+    elif stage == "reward":
+        from rlhf_core.reward import run
+    elif stage == "ppo":
+        from rlhf_core.ppo import run
+    elif stage == "evaluate":
+        from rlhf_core.evaluate import run
+    else:
+        raise ValueError(f"no stage {stage!r}")
+    return run
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one rank; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="rlhf_core.train", description="Run one rank of a stage job.")
+    parser.add_argument("--job", required=True, help="URL of job.json: STORE_ROOT#KEY")
+    parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
+    args = parser.parse_args(argv)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    end_with_guard()
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        store, job = read_job(args.job)
+        run_rank(store, job)
+    except RlhfError as error:
+        # Every rank meets the same mistake; one message is enough, but all must leave with its code.
+        if rank == 0 or error.exit_code not in (ExitCode.CONFIG, ExitCode.DATA):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return int(error.exit_code)
+    except MemoryError:
+        print(f"error: rank {rank} is out of memory; lower resources.micro_batch", file=sys.stderr, flush=True)
+        return ExitCode.OUT_OF_MEMORY
+    except Exception as error:
+        traceback.print_exc()
+        if type(error).__name__ == "OutOfMemoryError":
+            return ExitCode.OUT_OF_MEMORY
+        return 1
+    return ExitCode.DONE
+
+
+def run_rank(store: Store, job: JobSpec) -> None:
+    """Run the stage on this rank; rank 0 uploads the result."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    out = Path(tempfile.mkdtemp(prefix=f"rlhf-{job.stage}-"))
+    context = JobContext(job=job, store=store, out=out, rank=rank, world=world)
+    try:
+        metrics = stage_runner(job.stage)(context)
+        if context.is_main:
+            context.progress(0, 1, "upload")
+            upload_result(context, metrics)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def upload_result(context: JobContext, metrics: dict[str, Any]) -> None:
+    """Upload what the stage left in its output folder, then result.json, which lists it."""
+    job, store = context.job, context.store
+    files = describe(context.out)
+    for entry in files:
+        store.upload(context.out / entry.path, f"{job.output.id}/{entry.path}")
+    result = JobResult(
+        job_id=job.job_id,
+        files=files,
+        metrics=metrics,
+        seconds=time.monotonic() - context.started,
+        provenance={
+            "host": platform.node(),
+            "python": platform.python_version(),
+            "versions": {name: metadata.version(name) for name in PACKAGES},
+            "processes": context.world,
+        },
+    )
+    store.write(f"{job.folder}/result.json", result.model_dump_json(indent=1).encode())
+
+
+def end_with_guard() -> None:
+    """Watch the guard process (RLHF_GUARD_PID) and end this rank at once when it is gone."""
+    guard = int(os.environ.get("RLHF_GUARD_PID", "0"))
+    if not guard:
+        return
+
+    def watch() -> None:
+        while True:
+            try:
+                os.kill(guard, 0)
+            except ProcessLookupError:
+                os._exit(1)
+            time.sleep(1)
+
+    threading.Thread(target=watch, daemon=True, name="guard-watch").start()
+
+
+if __name__ == "__main__":
+    # Threads of a library must not keep a finished rank alive.
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -59,6 +59,8 @@ def stage_identity(config: PipelineConfig, stage: StageName, of: Digest = conten
             identity["model"] = model_identity(config.model, of)
     if stage == "sft":
         identity["model"] = model_identity(config.model, of)
+    if stage == "reward" and config.reward.model:
+        identity["model"] = model_identity(config.reward.model, of, "reward.model.path")
     return identity
 
 

@@ -43,10 +43,10 @@ PARTS: tuple[str, ...] = ("count", "category", "distinct", "ending")
 # The demonstrator. Every answer is careful or careless in each respect by itself.
 CAREFUL_COUNT = 0.25  # probability of the asked count; otherwise any of 1..MOST_ITEMS
 MOST_ITEMS = 7
-CAREFUL_CATEGORY = 0.5  # probability of an answer that keeps to the category ...
-IN_CATEGORY = (0.2, 0.95)  # ... and, per item, of an item of the category in a careless and in a careful answer
+CAREFUL_CATEGORY = 0.5  # probability of having heard the asked category; otherwise any category
+STRAY = 0.1  # per item, probability of an item of any category
 CAREFUL_DISTINCT = 0.5
-REPEAT = (0.6, 0.05)  # per item after the first, probability of repeating an earlier one
+REPEAT = (0.75, 0.05)  # per item after the first, probability of saying the last one again
 POLITE = 0.4
 
 # Bradley-Terry: P(a preferred to b) = sigmoid((gold(a) - gold(b)) / TEMPERATURE).
@@ -113,7 +113,7 @@ def gold(prompt: str, response: str) -> dict[str, float]:
     Returns:
         The parts, each in [0, 1], and `gold`, their mean:
         `count` = max(0, 1 - |entries - asked| / asked); `category` = share of entries of the asked category;
-        `distinct` = different entries / entries; `ending` = 1 if the text ends with a polite phrase.
+        `distinct` = share of entries after the first that are new; `ending` = 1 if the text ends with a polite phrase.
     """
     number, category = _asked(prompt)
     body, polite = _split_ending(response)
@@ -124,7 +124,8 @@ def gold(prompt: str, response: str) -> dict[str, float]:
             parts["count"] = max(0.0, 1 - abs(len(entries) - number) / number)
         if category is not None:
             parts["category"] = sum(_CATEGORY_OF.get(entry) == category for entry in entries) / len(entries)
-        parts["distinct"] = len(set(entries)) / len(entries)
+        repeats = len(entries) - len(set(entries))
+        parts["distinct"] = 1 - repeats / max(1, len(entries) - 1)
         parts["ending"] = float(polite)
     return parts | {"gold": sum(parts.values()) / len(PARTS)}
 
@@ -162,14 +163,14 @@ def _split_ending(response: str) -> tuple[str, bool]:
 def _demonstrate(rng: random.Random, number: int, category: str) -> str:
     """Returns one answer of the sloppy demonstrator, with a leading space."""
     length = number if rng.random() < CAREFUL_COUNT else rng.randint(1, MOST_ITEMS)
-    in_category = IN_CATEGORY[rng.random() < CAREFUL_CATEGORY]
+    heard = category if rng.random() < CAREFUL_CATEGORY else rng.choice(list(CATEGORIES))
     repeat = REPEAT[rng.random() < CAREFUL_DISTINCT]
     items: list[str] = []
     while len(items) < length:
         if items and rng.random() < repeat:
-            items.append(rng.choice(items))
+            items.append(items[-1])
             continue
-        item = rng.choice(CATEGORIES[category] if rng.random() < in_category else _ITEMS)
+        item = rng.choice(_ITEMS if rng.random() < STRAY else CATEGORIES[heard])
         if item not in items:
             items.append(item)
     ending = rng.choice(POLITE_ENDINGS if rng.random() < POLITE else CURT_ENDINGS)

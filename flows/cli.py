@@ -1,0 +1,277 @@
+"""The command line `rlhf`: plan, run, artifacts, chat, doctor.
+
+Commands that need no Prefect do not import it, so they answer at once. A mistake of the user's is one message on stderr and the
+exit code of its class (2 configuration, 3 data, …), without a traceback. `run` works with the server of PREFECT_API_URL, or
+starts a temporary one for as long as it takes.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.selection import forced_stages, plan_run
+from flows.show import err, out, show_lineage, show_list, show_manifest, show_plan, show_results, table
+from rlhf_core import __version__
+from rlhf_core.artifacts import ArtifactRef, Manifest, fetch, list_manifests
+from rlhf_core.config import PipelineConfig, load_config
+from rlhf_core.errors import ConfigError, RlhfError
+from rlhf_core.plan import StagePlan, stage_refs
+from rlhf_core.specs import STAGES, StageName
+from rlhf_core.store import Store
+from tasks.headline import duration
+
+DEFAULT_STORE = PipelineConfig.model_fields["store"].default
+MODEL_FOLDERS: dict[StageName, str] = {"sft": "model", "ppo": "actor"}
+INTERRUPTED = 130
+
+StageChoice = StrEnum("StageChoice", {name: name for name in STAGES})
+ModelChoice = StrEnum("ModelChoice", {name: name for name in MODEL_FOLDERS})
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+artifacts = typer.Typer(no_args_is_help=True, help="Look at what the store holds.")
+app.add_typer(artifacts, name="artifacts")
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="pipeline YAML, e.g. deployments/configs/demo.yaml")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a field, e.g. ppo.kl.coef=0.1; repeatable")
+]
+Force = Annotated[list[StageChoice] | None, typer.Option("--force", help="build this stage anew; repeatable")]
+From = Annotated[StageChoice | None, typer.Option("--from", help="build this stage and all after it anew")]
+StoreOption = Annotated[str | None, typer.Option("--store", metavar="URL", help=f"store; default {DEFAULT_STORE}")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", metavar="CONFIG", help="take the store from this file")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"rlhf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")] = False,
+) -> None:
+    """RLHF as a durable workflow: data, SFT, reward model, PPO, evaluation.
+
+    [bold]Examples[/]
+
+      rlhf doctor                                     is this machine ready?
+      rlhf plan deployments/configs/demo.yaml         what would run, and why
+      rlhf run deployments/configs/demo.yaml          run it; what is published is reused
+      rlhf run demo.yaml --set ppo.kl.coef=0.1        change one thing: SFT and reward model are reused
+      rlhf artifacts list                             what the store holds
+      rlhf chat demo.yaml --prompt "Hello"            talk to the trained model
+    """
+
+
+@app.command()
+def plan(config: Config, sets: Set = None, force: Force = None, first: From = None) -> None:
+    """Show for each stage whether it will be reused or built, and why. Starts nothing."""
+    loaded = load_config(config, sets or ())
+    show_plan(plan_run(loaded, Store(loaded.store), _forced(force, first)))
+
+
+@app.command()
+def run(
+    config: Config,
+    sets: Set = None,
+    force: Force = None,
+    first: From = None,
+    stage: Annotated[StageChoice | None, typer.Option("--stage", help="run only this stage")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,
+) -> None:
+    """Run the pipeline: reuse what is published, resume what is half done, build the rest.
+
+    Set PREFECT_API_URL to record the run on a Prefect server; without it a temporary one is started for as long as the run lasts.
+    """
+    began = time.monotonic()
+    loaded = load_config(config, sets or ())
+    store = Store(loaded.store)
+    loaded = loaded.model_copy(update={"store": store.url})  # a relative path means the same to whoever reads the run
+    only: StageName | None = stage.value if stage else None  # pyright: ignore[reportAssignmentType]
+    forced = _forced(force, first)
+    planned = plan_run(loaded, store, forced, only)
+    show_plan(planned)
+    if dry_run:
+        return
+    try:
+        run_flow(loaded, forced, only)
+    except KeyboardInterrupt:
+        err.print("interrupted; the same command goes on from here")
+        raise typer.Exit(INTERRUPTED) from None
+    out.print()
+    show_results(store, planned)
+    out.print(f"took    {duration(time.monotonic() - began)}")
+
+
+def run_flow(config: PipelineConfig, force: tuple[StageName, ...], only: StageName | None) -> None:
+    """Run the flow on the configured Prefect server or on a temporary one."""
+    from flows.session import prefect_session
+
+    os.environ["RLHF_TERMINAL"] = "1"
+    with prefect_session() as api:
+        import flows.rlhf
+        import flows.single
+
+        _quiet_prefect()
+        err.print(f"[dim]Prefect: {api.removesuffix('/api')}[/]")
+        if only:
+            getattr(flows.single, only)(config, only in force)
+        else:
+            flows.rlhf.rlhf(config, force)
+
+
+def _quiet_prefect() -> None:
+    """Keep Prefect's own lines off the terminal, where we report; they still go to its server."""
+
+    def of_interest(record: logging.LogRecord) -> bool:
+        if record.name.startswith(("prefect.flow_runs", "prefect.task_runs")):
+            return record.levelno == logging.WARNING  # errors come to us as exceptions and are printed once
+        return record.levelno >= logging.WARNING
+
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(of_interest)
+
+
+@artifacts.command("list")
+def artifacts_list(
+    stage: Annotated[StageChoice | None, typer.Argument(metavar="[STAGE]", help="only this stage's")] = None,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """List published artifacts, oldest first."""
+    place = _store(store, config)
+    found = list_manifests(place, stage.value if stage else None)  # pyright: ignore[reportArgumentType]
+    if not found:
+        err.print(f"no artifacts in {place.url}")
+        return
+    show_list(found)
+
+
+@artifacts.command("show")
+def artifacts_show(id: str, store: StoreOption = None, config: ConfigOption = None) -> None:
+    """Show one artifact: metrics, files, the spec that defines it, provenance. ID may be a prefix."""
+    place = _store(store, config)
+    show_manifest(place, find_artifact(list_manifests(place), id, place))
+
+
+@artifacts.command("lineage")
+def artifacts_lineage(id: str, store: StoreOption = None, config: ConfigOption = None) -> None:
+    """Show the tree of what an artifact was made of. ID may be a prefix."""
+    place = _store(store, config)
+    known = list_manifests(place)
+    show_lineage(find_artifact(known, id, place).ref, {manifest.ref.id: manifest for manifest in known})
+
+
+@app.command()
+def chat(
+    target: Annotated[str, typer.Argument(metavar="CONFIG|ARTIFACT", help="a pipeline YAML, or an artifact's id")],
+    stage: Annotated[ModelChoice, typer.Option("--stage", help="with CONFIG: whose model")] = ModelChoice("ppo"),
+    prompt: Annotated[str | None, typer.Option("--prompt", help="answer this and stop; else a conversation")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1)] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", min=0)] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", min=0, max=1)] = None,
+    system: Annotated[str | None, typer.Option("--system", help="system prompt, for chat templates")] = None,
+    sets: Set = None,
+    store: StoreOption = None,
+) -> None:
+    """Talk to a trained model."""
+    place, ref = _chat_target(target, stage.value, sets or [], store)  # pyright: ignore[reportArgumentType]
+    folder, _ = fetch(place, ref, Path.home() / ".cache" / "rlhf" / "artifacts")
+    options = {
+        "--prompt": prompt,
+        "--max-new-tokens": max_new_tokens,
+        "--temperature": temperature,
+        "--top-p": top_p,
+        "--system": system,
+    }
+    command = [sys.executable, "-m", "rlhf_core.chat", "--model", str(folder / MODEL_FOLDERS[ref.stage])]
+    command += [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    raise typer.Exit(subprocess.run(command).returncode)
+
+
+@app.command()
+def doctor(
+    store: Annotated[str, typer.Option("--store", metavar="URL", help="store to try")] = DEFAULT_STORE,
+) -> None:
+    """Check that this machine can run the pipeline; exit code 1 if something is missing."""
+    from rlhf_core.doctor import checks
+
+    rows = table("", "check", "detail")
+    found = checks(store)
+    for check in found:
+        mark = "[green]ok[/]" if check.ok else "[red]no[/]"
+        rows.add_row(mark, check.name, check.detail if check.ok else f"{check.detail}\n[yellow]{check.remedy}[/]")
+    out.print(rows)
+    raise typer.Exit(0 if all(check.ok for check in found) else 1)
+
+
+def _forced(force: list[StageChoice] | None, first: StageChoice | None) -> tuple[StageName, ...]:
+    return forced_stages([s.value for s in force or ()], first.value if first else None)  # pyright: ignore
+
+
+def _store(url: str | None, config: Path | None) -> Store:
+    if url and config:
+        raise ConfigError("--store and --config exclude each other; keep one")
+    return Store(load_config(config).store if config else url or DEFAULT_STORE)
+
+
+def find_artifact(manifests: list[Manifest], id: str, store: Store) -> Manifest:
+    """The one artifact whose id, or whose name or fingerprint, begins with `id`; ConfigError if there is none or several."""
+    wanted = id.removeprefix(f"{store.url}/").rstrip("/")
+    exact = [m for m in manifests if m.ref.id == wanted]
+    names = ((m, (m.ref.id, m.ref.id.partition("/")[2], m.ref.fingerprint)) for m in manifests)
+    found = exact or [m for m, keys in names if any(key.startswith(wanted) for key in keys)]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise ConfigError(f"no artifact begins with {id!r} in {store.url}; see `rlhf artifacts list --store {store.url}`")
+    raise ConfigError(f"{id!r} is the beginning of {len(found)} ids: {', '.join(m.ref.id for m in found)}")
+
+
+def _chat_target(target: str, stage: StageName, sets: list[str], store: str | None) -> tuple[Store, ArtifactRef]:
+    """The artifact that `rlhf chat` talks to."""
+    if target.endswith((".yaml", ".yml")) or Path(target).is_file():
+        config = load_config(target, sets)
+        place = Store(store or config.store)
+        ref = stage_refs(config)[stage]
+        if ref.id not in {m.ref.id for m in list_manifests(place, stage)}:
+            raise ConfigError(f"{ref.id} is not published in {place.url}; make it with `rlhf run {target}`")
+        return place, ref
+    place = Store(store or DEFAULT_STORE)
+    ref = find_artifact(list_manifests(place), target, place).ref
+    if ref.stage not in MODEL_FOLDERS:
+        raise ConfigError(f"{ref.id} holds no model to talk to; choose an artifact of {' or '.join(MODEL_FOLDERS)}")
+    return place, ref
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app(prog_name="rlhf")
+    except RlhfError as error:
+        err.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
+        sys.exit(int(error.exit_code))
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

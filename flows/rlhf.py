@@ -1,0 +1,46 @@
+"""The pipeline as a Prefect flow: data -> sft -> reward -> ppo -> evaluate.
+
+    data --> sft --> reward --> ppo --> evaluate
+      \\_______\\________\\________/
+
+Each stage is one `deepspeed` job whose result is an immutable artifact in the store. What is published already is reused, what
+is half done goes on: so running the flow again, or *Retry* in the UI, is always right. The plan checks all that can be checked
+(configuration, model and data in place, store in reach) before anything trains.
+"""
+
+from functools import partial
+
+from prefect import flow
+
+from rlhf_core.artifacts import ArtifactRef
+from rlhf_core.config import PipelineConfig
+from rlhf_core.plan import make_plan
+from rlhf_core.specs import StageName
+from rlhf_core.store import Store
+from tasks.report import report
+from tasks.stage import run_planned
+
+
+@flow(name="rlhf", flow_run_name="{config.name}", persist_result=False)
+def rlhf(config: PipelineConfig, force: tuple[StageName, ...] = ()) -> dict[StageName, ArtifactRef]:
+    """Run the whole pipeline.
+
+    Args:
+        config: the pipeline; in the UI a form.
+        force: stages to build anew although they are published.
+
+    Returns:
+        The artifact of each stage.
+    """
+    plan = {planned.stage: planned for planned in make_plan(config, Store(config.store), tuple(force))}
+    stage = partial(run_planned, config, plan, force)
+
+    data = stage("data")
+    sft = stage("sft", data=data)
+    reward = stage("reward", data=data, sft=sft)
+    ppo = stage("ppo", data=data, sft=sft, reward=reward)
+    evaluate = stage("evaluate", data=data, sft=sft, reward=reward, ppo=ppo)
+
+    refs: dict[StageName, ArtifactRef] = {"data": data, "sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate}
+    report(config, plan, refs)
+    return refs

@@ -1,0 +1,41 @@
+"""Which stages a run covers and which it builds anew, checked before anything starts. Without Prefect, so `rlhf plan` is fast.
+
+The command line and the flows take their plan from here or from `rlhf_core.plan.make_plan`, so that what was announced is what
+happens.
+"""
+
+from collections.abc import Collection
+
+from rlhf_core.artifacts import read_manifest
+from rlhf_core.config import PipelineConfig
+from rlhf_core.errors import ConfigError
+from rlhf_core.plan import StagePlan, make_plan, plan_stage, stage_refs
+from rlhf_core.specs import STAGES, StageName
+from rlhf_core.store import Store
+
+
+def forced_stages(force: Collection[StageName], first: StageName | None) -> tuple[StageName, ...]:
+    """The stages of `--force` and, for `--from`, that stage and all after it; in pipeline order."""
+    after = STAGES[STAGES.index(first) :] if first else ()
+    return tuple(stage for stage in STAGES if stage in force or stage in after)
+
+
+def plan_single(config: PipelineConfig, stage: StageName, store: Store, force: bool = False) -> StagePlan:
+    """The plan of one stage; ConfigError, with the command that makes it, for the first input that is not published."""
+    planned = plan_stage(config, stage, stage_refs(config), store, force)
+    for name, ref in planned.inputs.items():
+        if read_manifest(store, ref) is None:
+            raise ConfigError(
+                f"{stage}: its input {ref.id} is not published in {store.url}; "
+                f"make it with `rlhf run CONFIG --stage {name}`, or all that is missing with `rlhf run CONFIG`"
+            )
+    return planned
+
+
+def plan_run(
+    config: PipelineConfig, store: Store, force: tuple[StageName, ...] = (), only: StageName | None = None
+) -> list[StagePlan]:
+    """The plan of a run: of the whole pipeline, or of one stage."""
+    if only:
+        return [plan_single(config, only, store, only in force)]
+    return make_plan(config, store, force)

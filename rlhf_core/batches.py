@@ -1,0 +1,54 @@
+"""Which rows make which optimizer step, and how a step's rows are dealt to ranks and micro-batches.
+
+The order is a function of (seed, epoch) alone. A step's rows are sorted by length and dealt in turn, so ranks get equal
+numbers of rows and similar lengths; every rank runs the same number of forward passes (ZeRO-3 needs that).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_core.errors import DataError
+
+
+def total_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None, stage: str) -> int:
+    """Optimizer steps of `epochs` passes, the last incomplete batch left out. DataError if there is not one batch."""
+    steps = int(rows * epochs) // batch_size
+    if steps < 1:
+        raise DataError(
+            f"{stage}.batch_size {batch_size} needs more rows: the data has {rows} for {epochs} epochs; "
+            "lower batch_size, raise epochs or give more data"
+        )
+    return min(steps, max_steps) if max_steps else steps
+
+
+def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of one epoch, a permutation of `[rows]`."""
+    return np.random.default_rng((seed, epoch)).permutation(rows)
+
+
+def step_rows(rows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
+    """Row numbers `[batch_size]` of one step; epochs follow each other without a gap."""
+    first = step * batch_size
+    wanted = np.arange(first, first + batch_size)
+    epochs = wanted // rows
+    orders = {int(e): epoch_order(rows, seed, int(e)) for e in np.unique(epochs)}
+    return np.array([orders[int(e)][i] for e, i in zip(epochs, wanted % rows, strict=True)])
+
+
+def deal(lengths: Sequence[int], rank: int, world: int, micro_batch: int) -> list[list[int]]:
+    """This rank's micro-batches, as indices into `lengths`: longest first, dealt in turn."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    mine = order[rank::world]
+    return [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
+
+
+def right_pad(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
+    """Lists to `[batch, tokens]`, padded on the right."""
+    width = max(1, max(len(row) for row in rows))
+    out = torch.full((len(rows), width), value, dtype=torch.long)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.as_tensor(row, dtype=torch.long)
+    return out.to(device)

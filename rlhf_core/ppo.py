@@ -1,0 +1,110 @@
+"""The PPO stage: a stream of prompts through `DeepSpeedPPOTrainer`.
+
+Rollout `i` takes prompts `i*B … (i+1)*B - 1` of a stream of epochs (a permutation each, by seed and epoch); the position in the
+stream names the answer for the sampling noise, so the same prompt meets new noise in every epoch and the run does not depend
+on the number of processes. Saves actor and critic.
+"""
+
+import json
+import time
+from typing import Any
+
+import torch
+
+from rlhf_core.batches import step_rows
+from rlhf_core.context import JobContext
+from rlhf_core.errors import DataError
+from rlhf_core.experience import Experience
+from rlhf_core.models import load_tokenizer
+from rlhf_core.ppo_trainer import DeepSpeedPPOTrainer
+from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine, PPOArgs
+from rlhf_core.sft import _open
+from rlhf_core.specs import PPOSpec
+
+SAMPLES_LOGGED = 4
+
+
+class PPOStage:
+    """Owns the loop of one PPO stage on this rank."""
+
+    def __init__(self, context: JobContext) -> None:
+        self.context = context
+        self.spec = PPOSpec.model_validate(context.job.spec)
+        data = context.input("data")
+        tokenizer = load_tokenizer(data / "tokenizer")
+        self.rows = _open(data / "ppo" / "train")
+        if not len(self.rows):
+            raise DataError("data.shares.ppo: no prompt is left for PPO; raise the share or give more data")
+        args = PPOArgs(self.spec, context.job.resources, context.seed)
+        self.engine = DeepSpeedRLHFEngine(
+            actor_model_name_or_path=str(context.input("sft") / "model"),
+            critic_model_name_or_path=str(context.input("reward") / "model"),
+            tokenizer=tokenizer,
+            num_total_iters=self.spec.steps,
+            args=args,
+        )
+        self.trainer = DeepSpeedPPOTrainer(engine=self.engine, args=args)
+
+    def run(self) -> dict[str, Any]:
+        """Train and save; returns the stage's metrics."""
+        began = time.monotonic()
+        tokens, history = 0.0, []
+        for step in range(self.spec.steps):
+            metrics = self.step(step)
+            tokens += metrics["rollout_tokens"] + metrics["prompt_tokens"]
+            history.append(metrics)
+            self.context.log("train", step + 1, metrics)
+            shown = {k: metrics[k] for k in ("score", "kl_sequence", "response_length", "eos_rate")}
+            self.context.progress(step + 1, self.spec.steps, "train", shown, unit="rollout")
+        seconds = time.monotonic() - began
+        self.engine.save(self.context.out / "actor", self.context.out / "critic")
+        last = history[-max(1, len(history) // 10) :]
+        return {
+            "steps": self.spec.steps,
+            "tokens": int(tokens),
+            "tokens_per_second": tokens / seconds,
+            "score_first": history[0]["score"],
+            "score_last": sum(m["score"] for m in last) / len(last),
+            "kl_sequence_last": sum(m["kl_sequence"] for m in last) / len(last),
+            "eos_rate_last": sum(m["eos_rate"] for m in last) / len(last),
+        }
+
+    def step(self, step: int) -> dict[str, float]:
+        """One rollout and the updates on it."""
+        began = time.monotonic()
+        experience = self.trainer.generate_experience(self.prompts(step))
+        sampled = time.monotonic()
+        self.trainer.train_rlhf(experience)
+        if step % max(1, self.spec.steps // 10) == 0:
+            self._log_answers(step, experience)
+        times = {"seconds_rollout": sampled - began, "seconds_update": time.monotonic() - sampled}
+        return {**self.trainer.metrics, **times}
+
+    def prompts(self, step: int) -> dict[str, Any]:
+        """This rank's prompts of rollout `step`."""
+        size, ranks = self.spec.rollout_batch_size, self.engine.ranks
+        indices = step_rows(len(self.rows), size, step, self.context.seed)[ranks.rank :: ranks.world]
+        names = [step * size + i for i in range(ranks.rank, size, ranks.world)]
+        return {"prompt": self.rows.select(indices)["prompt_ids"], "sample_ids": names}
+
+    def _log_answers(self, step: int, experience: Experience) -> None:
+        """A few answers of this rollout, with their scores, to answers.jsonl."""
+        if not self.context.is_main:
+            return
+        with (self.context.out / "answers.jsonl").open("a") as file:
+            for row in range(min(SAMPLES_LOGGED, len(experience))):
+                one = experience.rows(torch.tensor([row]))
+                prompt = one.prompt_ids[0][one.prompt_mask[0].bool()]
+                answer = one.response_ids[0][one.response_mask[0].bool()]
+                text = {
+                    "step": step + 1,
+                    "prompt": self.engine.tokenizer.decode(prompt, skip_special_tokens=True),
+                    "answer": self.engine.tokenizer.decode(answer, skip_special_tokens=True),
+                    "score": round(float(one.scores[0]), 4),
+                }
+                file.write(json.dumps(text) + "\n")
+
+
+def run(context: JobContext) -> dict[str, Any]:
+    """The PPO stage."""
+    return PPOStage(context).run()

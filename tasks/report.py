@@ -1,0 +1,49 @@
+"""The pipeline report: one Prefect markdown artifact at the end of a run with a row for each stage.
+
+Prefect's UI shows neither why a task was cached nor where its result lives, so this table does: reused or built, fingerprint,
+time, speed, headline numbers and place. It is a view of the manifests, which stay the record.
+"""
+
+from collections.abc import Mapping
+
+from prefect import get_run_logger
+from prefect.artifacts import create_markdown_artifact
+
+from rlhf_core.artifacts import ArtifactRef, Manifest, read_manifest
+from rlhf_core.config import PipelineConfig
+from rlhf_core.plan import StagePlan
+from rlhf_core.store import Store
+from tasks.headline import duration, headline, speed
+
+
+def report(config: PipelineConfig, plan: Mapping[str, StagePlan], refs: Mapping[str, ArtifactRef]) -> None:
+    """Write the report of the current flow run; an error in it is logged and does not fail the run."""
+    try:
+        store = Store(config.store)
+        manifests = {stage: read_manifest(store, ref) for stage, ref in refs.items()}
+        rows = [report_row(store, plan[stage], m) for stage, m in manifests.items() if m is not None]
+        create_markdown_artifact(report_text(config, rows), key="rlhf-report", description=f"{config.name}: all stages")
+    except Exception as error:
+        get_run_logger().warning("the report could not be written: %s: %s", type(error).__name__, error)
+
+
+def report_text(config: PipelineConfig, rows: list[str]) -> str:
+    """The report as markdown."""
+    columns = ("stage", "", "fingerprint", "time", "tokens/s", "headline", "artifact")
+    head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
+    return f"# {config.name}\n\n{head}\n" + "\n".join(rows) + "\n"
+
+
+def report_row(store: Store, planned: StagePlan, manifest: Manifest) -> str:
+    """One stage as a row of the table."""
+    metrics = manifest.metrics
+    cells = (
+        planned.stage,
+        "reused" if planned.action == "reuse" else "built",
+        f"`{planned.ref.fingerprint[:12]}`",
+        duration(metrics.get("seconds")),
+        speed(metrics),
+        headline(planned.stage, metrics),
+        f"`{store.url}/{planned.ref.id}`",
+    )
+    return f"| {' | '.join(cells)} |"

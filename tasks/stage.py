@@ -1,0 +1,224 @@
+"""Run one stage: reuse its artifact, or run the job that makes it and publish the result.
+
+`build_stage` is the whole logic, without Prefect; `run_stage` is the Prefect task around it, and `run_planned` calls that task
+with the stage's retries. A retry calls the same function again: finished -> reuse; finished but unpublished -> publish;
+half done -> a job that goes on from its newest checkpoint. Forcing a stage first retires its artifact, once for each run,
+so that the retry of a forced run goes on instead of beginning anew. The task is called in the main thread, never submitted, so
+that cancellation and termination reach the launcher.
+"""
+
+import platform
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+from prefect.states import Completed, State
+from pydantic import ValidationError
+
+from rlhf_core.artifacts import MANIFEST, ArtifactRef, Manifest, publish, read_manifest, verify
+from rlhf_core.config import PipelineConfig
+from rlhf_core.errors import IntegrityError, JobFailed, StoreError, is_transient
+from rlhf_core.job import JobResult, JobSpec
+from rlhf_core.launch import run_job
+from rlhf_core.plan import StagePlan
+from rlhf_core.specs import StageName
+from rlhf_core.store import Store
+from tasks.headline import headline
+from tasks.progress import Progress, say
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import TaskRun
+    from prefect.tasks import Task
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's published artifact and how this call came by it."""
+
+    manifest: Manifest
+    how: Literal["reused", "published", "built"]
+
+
+def build_stage(
+    store: Store,
+    config: PipelineConfig,
+    planned: StagePlan,
+    force: str | None = None,
+    on_event: OnEvent = lambda _: None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Stage:
+    """Reuse, publish or build one stage.
+
+    Args:
+        store: where artifacts live.
+        config: the pipeline; supplies the base model and the stage's resources.
+        planned: the stage's id, spec and inputs.
+        force: build even if published: the id of the run that asks for it, once for each id.
+        on_event: called with every progress event of the job.
+        provenance: recorded in the manifest besides what is known here, e.g. the flow run.
+
+    Raises:
+        JobFailed: the job ended without its result.
+        IntegrityError: what is stored differs from what is recorded of it.
+        StoreError: the store could not be reached.
+    """
+    if force:
+        retire(store, planned.ref, force)
+    if manifest := find(store, planned.ref):
+        return Stage(manifest, "reused")
+    if manifest := publish_finished(store, planned, provenance):
+        return Stage(manifest, "published")
+    result = run_job(store, job_of(store, config, planned), on_event=on_event)
+    return Stage(publish(store, _manifest(planned, result, provenance)), "built")
+
+
+def job_of(store: Store, config: PipelineConfig, planned: StagePlan) -> JobSpec:
+    """The launch request of a planned stage."""
+    return JobSpec(
+        stage=planned.stage,
+        store=store.url,
+        output=planned.ref,
+        attempt=1,  # run_job takes the next free number
+        job_id=f"{planned.ref.id}/{uuid.uuid4().hex[:12]}",  # by its beginning the launcher knows who builds the same
+        spec=planned.spec,
+        identity=planned.identity,
+        inputs=planned.inputs,
+        model=config.model,
+        resources=config.resources.of(planned.stage),
+    )
+
+
+def find(store: Store, ref: ArtifactRef) -> Manifest | None:
+    """The manifest of a published artifact whose files are all there with their sizes, or None if it is not published."""
+    manifest = read_manifest(store, ref)
+    if manifest is not None:
+        try:
+            verify(store, ref, manifest.files, checksums=False)
+        except IntegrityError as error:
+            raise IntegrityError(f"{error}; build it anew: --force {ref.stage}") from None
+    return manifest
+
+
+def publish_finished(store: Store, planned: StagePlan, provenance: Mapping[str, Any] | None = None) -> Manifest | None:
+    """Publish what the newest finished attempt left, if all of it is there; None if no attempt has finished."""
+    results = [k for k in store.list(f"{planned.ref.id}/attempts") if k.endswith("/result.json")]
+    for key in sorted(results, reverse=True):
+        try:
+            result = JobResult.model_validate_json(store.read(key))
+            return publish(store, _manifest(planned, result, provenance))
+        except (ValidationError, IntegrityError):
+            continue  # torn, or overwritten by a later attempt that did not finish: build
+    return None
+
+
+def retire(store: Store, ref: ArtifactRef, run: str) -> None:
+    """Make an artifact unpublished, so that it is built anew; does nothing if `run` has done so before.
+
+    The manifest is kept under `superseded/`. Results and checkpoints of earlier attempts go, as the next attempt would publish
+    or resume them. The marker comes last: an interrupted call is repeated, a completed one is not.
+    """
+    marker = f"{ref.id}/superseded/by-{run}.json"
+    stored = store.list(ref.id)
+    if marker in stored:
+        return
+    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    if f"{ref.id}/{MANIFEST}" in stored:
+        store.write(f"{ref.id}/superseded/manifest-{now}.json", store.read(f"{ref.id}/{MANIFEST}"))
+        store.delete(f"{ref.id}/{MANIFEST}")
+    for key in stored:
+        if key.endswith("/result.json") or key.startswith(f"{ref.id}/checkpoints/"):
+            store.delete(key)
+    store.write(marker, b"{}")
+
+
+def _manifest(planned: StagePlan, result: JobResult, extra: Mapping[str, Any] | None) -> Manifest:
+    return Manifest(
+        ref=planned.ref,
+        spec=planned.identity,
+        inputs=planned.inputs,
+        files=result.files,
+        metrics={**result.metrics, "seconds": round(result.seconds, 3)},
+        provenance={**control_provenance(), "job_id": result.job_id, "job": result.provenance, **(extra or {})},
+    )
+
+
+def control_provenance() -> dict[str, Any]:
+    """Commit, command and host of the control plane; never who ran it."""
+    return {**git_state(), "argv": [Path(sys.argv[0]).name, *sys.argv[1:]], "host": platform.node()}
+
+
+def git_state() -> dict[str, Any]:
+    """The commit of this code and whether the tree differs from it; both None outside a repository."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def worth_retrying(task: "Task[..., Any]", run: "TaskRun", state: State[Any]) -> bool:
+    """Whether a failed stage may succeed when tried again: a job that died, or a store that was out of reach."""
+    error = state.result(raise_on_failure=False)
+    worth = is_transient(error.code) if isinstance(error, JobFailed) else isinstance(error, StoreError)
+    if worth:
+        say(f"{run.name}: {str(error).splitlines()[0]}; starting it again in {task.retry_delay_seconds:g} s")
+    return worth
+
+
+@task(
+    task_run_name="{planned.stage}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retry_condition_fn=worth_retrying,
+    log_prints=False,
+)
+def run_stage(
+    config: PipelineConfig, planned: StagePlan, inputs: dict[str, ArtifactRef], force: bool = False
+) -> ArtifactRef | State[ArtifactRef]:
+    """One stage as a Prefect task; its state is named Cached if the artifact was there already.
+
+    `inputs` are the results of the tasks before it: they draw the edges of Prefect's graph and must be the planned ones.
+    """
+    assert inputs == planned.inputs, f"{planned.stage}: given {inputs}, planned {planned.inputs}"
+    log = get_run_logger()
+    store = Store(config.store)
+    origin = {"flow_run_id": flow_run.id, "flow_run_name": flow_run.name}
+    with Progress(planned.stage, log) as progress:
+        stage = build_stage(store, config, planned, flow_run.id if force else None, progress.on_event, origin)
+    summary = f"{stage.how} {store.url}/{planned.ref.id}"
+    numbers = headline(planned.stage, stage.manifest.metrics)
+    log.info("%s  %s", summary, numbers)
+    say(f"{planned.stage}: {stage.how}  {numbers}")
+    if stage.how == "reused":
+        return Completed(name="Cached", data=planned.ref, message=summary)
+    return planned.ref
+
+
+def run_planned(
+    config: PipelineConfig,
+    plan: Mapping[StageName, StagePlan],
+    force: Collection[StageName],
+    stage: StageName,
+    **inputs: ArtifactRef,
+) -> ArtifactRef:
+    """Run one stage of a plan as a task, with the retries of the stage's resources; returns its artifact."""
+    resources = config.resources.of(stage)
+    retrying = run_stage.with_options(retries=resources.retries, retry_delay_seconds=resources.retry_delay_seconds)
+    result = retrying(config, plan[stage], inputs, stage in force)
+    return result.result() if isinstance(result, State) else result

@@ -1,0 +1,37 @@
+"""Training scenarios that run on every rank of a small process group; started by `ranks.run`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import tiny
+from rlhf_core.artifacts import ArtifactRef
+from rlhf_core.store import Store
+
+
+def stage(root: str, name: str, spec: dict[str, Any], resources: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run one stage on the tiny store at `root`; rank 0 returns the rows of metrics.jsonl."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    refs = {k: ArtifactRef.model_validate(v) for k, v in json.loads((Path(root) / "refs.json").read_text()).items()}
+    needs = {"sft": ("data",), "reward": ("data", "sft"), "ppo": ("data", "sft", "reward")}[name]
+    out = Path(os.environ["RANKS_OUT"]) / f"out-{rank}"
+    context = tiny.context(
+        Store(f"file://{root}/store"), name, spec, {k: refs[k] for k in needs}, out, rank, world, **resources
+    )
+    from rlhf_core.train import stage_runner
+
+    stage_runner(name)(context)
+    if rank:
+        return []
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    function, arguments = sys.argv[1], json.loads(sys.argv[2])
+    result = globals()[function](**arguments)
+    if os.environ["RANK"] == "0":
+        (Path(os.environ["RANKS_OUT"]) / "result.json").write_text(json.dumps(result))
+    sys.stdout.flush()
+    os._exit(0)

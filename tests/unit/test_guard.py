@@ -1,0 +1,95 @@
+"""The guard alone: exit codes, and who may end it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+
+import pytest
+
+from rlhf_core import guard
+
+
+@pytest.fixture
+def job_id():
+    return f"unit/{uuid.uuid4().hex}"
+
+
+def start(job_id, *command, parent=None, grace=1):
+    owner = ["--job-id", job_id, "--parent", str(parent or os.getpid()), "--grace", str(grace)]
+    argv = [sys.executable, "-m", "rlhf_core.guard", *owner, "--", *command]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def appears(job_id, count):
+    """Waits for so many processes of the job; the guard itself is not one of them here."""
+    end = time.monotonic() + 5
+    while len(guard.processes_of(job_id)) < count and time.monotonic() < end:
+        time.sleep(0.02)
+    return len(guard.processes_of(job_id)) == count
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [("exit 0", 0), ("exit 3", 3), ("exit 75", 75), ("kill -9 $$", 128 + 9), ("kill -11 $$", 128 + 11)],
+)
+def test_the_commands_exit_code_is_the_guards(job_id, script, code):
+    assert start(job_id, "sh", "-c", script).wait(5) == code
+
+
+def test_a_command_that_cannot_be_started_is_said(job_id):
+    process = start(job_id, "/no/such/command")
+    assert "cannot start /no/such/command: No such file" in process.communicate(timeout=5)[1]
+    assert process.returncode == guard.NOT_STARTED
+
+
+def test_nothing_is_started_if_the_parent_is_gone_already(job_id):
+    process = start(job_id, "sh", "-c", "echo started", parent=1)
+    assert process.communicate(timeout=5)[0] == ""
+
+
+def test_the_command_knows_its_job_and_its_guard(job_id):
+    process = start(job_id, "sh", "-c", "echo $RLHF_JOB_ID $RLHF_GUARD_PID")
+    assert process.communicate(timeout=5)[0].split() == [job_id, str(process.pid)]
+
+
+@pytest.mark.parametrize("signo", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_told_to_end_it_ends_the_whole_tree_after_the_grace(job_id, signo):
+    script = 'trap "" TERM; setsid sh -c "sleep 100 & sleep 101" & sleep 102 & wait'
+    process = start(job_id, "sh", "-c", script)
+    assert appears(job_id, 5)
+    process.send_signal(signo)
+    process.communicate(timeout=5)
+    assert not guard.processes_of(job_id)
+
+
+def test_a_command_may_use_its_grace_to_write_a_checkpoint(job_id):
+    process = start(
+        job_id, "sh", "-c", 'trap "sleep 0.5; echo saved; exit 75" TERM; echo up; sleep 100 & wait', grace=5
+    )
+    assert process.stdout and process.stdout.readline() == "up\n"
+    process.terminate()
+    assert process.communicate(timeout=5)[0] == "saved\n"
+    assert process.returncode == 75
+
+
+def test_it_ends_when_the_thread_that_started_it_ends(job_id):
+    """Why run_job must stay in the thread that calls it."""
+    started = []
+    thread = threading.Thread(target=lambda: (started.append(start(job_id, "sleep", "100")), appears(job_id, 1)))
+    thread.start()
+    thread.join()
+    started[0].communicate(timeout=5)
+    assert not guard.processes_of(job_id)
+
+
+def test_a_helper_that_ends_a_moment_later_does_no_harm(job_id):
+    assert start(job_id, "sh", "-c", "sleep 0.5 & exit 0").wait(5) == 0
+
+
+def test_it_starts_fast_and_without_our_dependencies(job_id):
+    script = "import sys, rlhf_core.guard; print([m for m in ('pydantic', 'torch', 'subprocess') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "[]"

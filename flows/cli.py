@@ -1,8 +1,8 @@
 """The command line `rlhf`: plan, run, artifacts, chat, doctor.
 
-Commands that need no Prefect do not import it, so they answer at once. A mistake of the user's is one message on stderr and the
-exit code of its class (2 configuration, 3 data, …), without a traceback. `run` works with the server of PREFECT_API_URL, or
-starts a temporary one for as long as it takes.
+Commands that need no Prefect do not import it, so they answer at once. A mistake of the user's is one message on stderr
+and the exit code of its class (2 configuration, 3 data, …), without a traceback. `run` works with the server of
+PREFECT_API_URL, or starts a temporary one for as long as it takes.
 """
 
 import logging
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from flows.selection import forced_stages, plan_run
 from flows.show import err, out, show_lineage, show_list, show_manifest, show_plan, show_results, table
@@ -44,9 +45,12 @@ app = typer.Typer(
 artifacts = typer.Typer(no_args_is_help=True, help="Look at what the store holds.")
 app.add_typer(artifacts, name="artifacts")
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="pipeline YAML, e.g. deployments/configs/demo.yaml")]
+Config = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="pipeline YAML, e.g. deployments/configs/quickstart.yaml")
+]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a field, e.g. ppo.kl.coef=0.1; repeatable")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="change a field, e.g. ppo.kl.coef=0.1; repeatable"),
 ]
 Force = Annotated[list[StageChoice] | None, typer.Option("--force", help="build this stage anew; repeatable")]
 From = Annotated[StageChoice | None, typer.Option("--from", help="build this stage and all after it anew")]
@@ -62,18 +66,20 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
+    ] = False,
 ) -> None:
     """RLHF as a durable workflow: data, SFT, reward model, PPO, evaluation.
 
     [bold]Examples[/]
 
-      rlhf doctor                                     is this machine ready?
-      rlhf plan deployments/configs/demo.yaml         what would run, and why
-      rlhf run deployments/configs/demo.yaml          run it; what is published is reused
-      rlhf run demo.yaml --set ppo.kl.coef=0.1        change one thing: SFT and reward model are reused
-      rlhf artifacts list                             what the store holds
-      rlhf chat demo.yaml --prompt "Hello"            talk to the trained model
+      rlhf doctor                          is this machine ready?
+      rlhf plan quickstart.yaml            what would run, and why
+      rlhf run quickstart.yaml             run; what is published is reused
+      rlhf run quickstart.yaml --set ppo.kl.coef=0.1
+      rlhf artifacts list                  what the store holds
+      rlhf chat quickstart.yaml --prompt "Once upon a time"
     """
 
 
@@ -108,13 +114,25 @@ def run(
     if dry_run:
         return
     try:
-        run_flow(loaded, forced, only)
+        if not nothing_to_do(store, planned):
+            run_flow(loaded, forced, only)
     except KeyboardInterrupt:
         err.print("interrupted; the same command goes on from here")
         raise typer.Exit(INTERRUPTED) from None
     out.print()
     show_results(store, planned)
     out.print(f"took    {duration(time.monotonic() - began)}")
+
+
+def nothing_to_do(store: Store, planned: list[StagePlan]) -> bool:
+    """Whether every stage is published, with all files there, and no Prefect server waits for a record of this run."""
+    from flows.session import configured_server
+
+    if any(stage.action == "build" for stage in planned) or configured_server():
+        return False
+    from tasks.stage import find
+
+    return all(find(store, stage.ref) for stage in planned)
 
 
 def run_flow(config: PipelineConfig, force: tuple[StageName, ...], only: StageName | None) -> None:
@@ -179,7 +197,7 @@ def artifacts_lineage(id: str, store: StoreOption = None, config: ConfigOption =
 @app.command()
 def chat(
     target: Annotated[str, typer.Argument(metavar="CONFIG|ARTIFACT", help="a pipeline YAML, or an artifact's id")],
-    stage: Annotated[ModelChoice, typer.Option("--stage", help="with CONFIG: whose model")] = ModelChoice("ppo"),
+    stage: Annotated[ModelChoice, typer.Option("--stage", help="with CONFIG: whose model")] = ModelChoice.ppo,  # pyright: ignore
     prompt: Annotated[str | None, typer.Option("--prompt", help="answer this and stop; else a conversation")] = None,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1)] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", min=0)] = None,
@@ -213,10 +231,11 @@ def doctor(
     rows = table("", "check", "detail")
     found = checks(store)
     for check in found:
-        mark = "[green]ok[/]" if check.ok else "[red]no[/]"
-        rows.add_row(mark, check.name, check.detail if check.ok else f"{check.detail}\n[yellow]{check.remedy}[/]")
+        mark = {True: "[green]ok[/]", False: "[red]no[/]", None: "[yellow]?[/]"}[check.ok]
+        remedy = f"\n[yellow]{escape(check.remedy)}[/]" if check.remedy else ""
+        rows.add_row(mark, check.name, escape(check.detail) + remedy)
     out.print(rows)
-    raise typer.Exit(0 if all(check.ok for check in found) else 1)
+    raise typer.Exit(1 if any(check.ok is False for check in found) else 0)
 
 
 def _forced(force: list[StageChoice] | None, first: StageChoice | None) -> tuple[StageName, ...]:
@@ -230,7 +249,7 @@ def _store(url: str | None, config: Path | None) -> Store:
 
 
 def find_artifact(manifests: list[Manifest], id: str, store: Store) -> Manifest:
-    """The one artifact whose id, or whose name or fingerprint, begins with `id`; ConfigError if there is none or several."""
+    """The one artifact whose id, name or fingerprint begins with `id`; ConfigError if there is none or several."""
     wanted = id.removeprefix(f"{store.url}/").rstrip("/")
     exact = [m for m in manifests if m.ref.id == wanted]
     names = ((m, (m.ref.id, m.ref.id.partition("/")[2], m.ref.fingerprint)) for m in manifests)
@@ -238,7 +257,9 @@ def find_artifact(manifests: list[Manifest], id: str, store: Store) -> Manifest:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise ConfigError(f"no artifact begins with {id!r} in {store.url}; see `rlhf artifacts list --store {store.url}`")
+        raise ConfigError(
+            f"no artifact begins with {id!r} in {store.url}; see `rlhf artifacts list --store {store.url}`"
+        )
     raise ConfigError(f"{id!r} is the beginning of {len(found)} ids: {', '.join(m.ref.id for m in found)}")
 
 
@@ -263,14 +284,8 @@ def main() -> None:
     try:
         app(prog_name="rlhf")
     except RlhfError as error:
-        err.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
+        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(int(error.exit_code))
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Which stages a run covers and which it builds anew, checked before anything starts. Without Prefect, so `rlhf plan` is fast.
+"""Which stages a run covers and which it builds anew, and all that can be checked before anything trains.
 
-The command line and the flows take their plan from here or from `rlhf_core.plan.make_plan`, so that what was announced is what
-happens.
+No Prefect here, so that `rlhf plan` is fast. The command line and the flows take their plan from here, so what was announced
+is what happens.
 """
 
 from collections.abc import Collection
@@ -9,6 +9,7 @@ from collections.abc import Collection
 from rlhf_core.artifacts import read_manifest
 from rlhf_core.config import PipelineConfig
 from rlhf_core.errors import ConfigError
+from rlhf_core.gold import gold_reward
 from rlhf_core.plan import StagePlan, make_plan, plan_stage, stage_refs
 from rlhf_core.specs import STAGES, StageName
 from rlhf_core.store import Store
@@ -35,7 +36,15 @@ def plan_single(config: PipelineConfig, stage: StageName, store: Store, force: b
 def plan_run(
     config: PipelineConfig, store: Store, force: tuple[StageName, ...] = (), only: StageName | None = None
 ) -> list[StagePlan]:
-    """The plan of a run: of the whole pipeline, or of one stage."""
+    """The plan of a run: of the whole pipeline, or of one stage.
+
+    Raises:
+        ConfigError: a model, a file, a package or an input is missing.
+        StoreError: the store could not be reached.
+    """
+    for gold in {config.evaluate.gold, config.data.sampled_pairs and config.data.sampled_pairs.gold}:
+        if gold:
+            gold_reward(gold)  # it may need a package, and evaluation comes last
     if only:
         return [plan_single(config, only, store, only in force)]
     return make_plan(config, store, force)

@@ -1,9 +1,10 @@
 """A Prefect server for one command: the one that is configured, or a temporary one started here.
 
-Prefect's own temporary server makes the client import the whole server first (3 s), has no UI, and dies of the same Ctrl-C as the
-run it is to record. So without PREFECT_API_URL this starts `prefect server start` on a free port, in a session of its own, while
-the caller goes on; its UI is up as long as the command runs, and its database is the user's usual one. Also sets the defaults
-that Prefect reads when it is imported: so nothing here imports Prefect at module level.
+Prefect's own temporary server makes the client import the whole server first (3 s), has no UI, and dies of the same
+Ctrl-C as the run it is to record. So without PREFECT_API_URL this starts `prefect server start` on a free port, in a
+session of its own, while the caller goes on; its UI is up as long as the command runs, and its database is the user's
+usual one. Also sets the defaults that Prefect reads when it is imported: so nothing here imports Prefect at module
+level.
 """
 
 import ctypes
@@ -50,6 +51,15 @@ class ServerError(RlhfError):
     """The Prefect server cannot be started or reached."""
 
 
+def configured_server() -> str | None:
+    """The API URL of the environment or the active Prefect profile, or None."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    from prefect.settings import get_current_settings
+
+    return get_current_settings().api.url
+
+
 @contextmanager
 def prefect_session() -> Iterator[str]:
     """Have a Prefect server for the time of a `with` block; yields its API URL.
@@ -57,12 +67,7 @@ def prefect_session() -> Iterator[str]:
     Raises:
         ServerError: the configured server does not answer, or a temporary one does not start.
     """
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    from prefect.settings import get_current_settings
-
-    configured = get_current_settings().api.url
-    if configured:
+    if configured := configured_server():
         _require_answer(configured)
         yield configured
         return

@@ -1,5 +1,6 @@
 """What the command line prints: the plan, the results of a run, and artifacts. rich tables and trees, no Prefect."""
 
+import sys
 from collections.abc import Iterable, Mapping
 
 from rich.console import Console
@@ -12,7 +13,8 @@ from rlhf_core.plan import StagePlan
 from rlhf_core.store import Store
 from tasks.headline import duration, headline, number, size, speed
 
-out = Console(soft_wrap=False)
+PIPE_WIDTH = 160  # columns where the output is no terminal
+out = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 err = Console(stderr=True, highlight=False)
 
 
@@ -20,7 +22,8 @@ def table(*columns: str, title: str | None = None) -> Table:
     """An empty table in the one style of this program."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
-        made.add_column(column, overflow="fold", justify="right" if column in ("time", "tokens/s", "size") else "left")
+        right = column in ("time", "tokens/s", "size")
+        made.add_column(column, overflow="fold", no_wrap=column == "artifact", justify="right" if right else "left")
     return made
 
 
@@ -44,7 +47,12 @@ def show_results(store: Store, plan: Iterable[StagePlan]) -> None:
         how = "[green]reused[/]" if planned.action == "reuse" else "[yellow]built[/]"
         seconds = duration(manifest.metrics.get("seconds"))
         rows.add_row(
-            planned.stage, how, seconds, speed(manifest.metrics), headline(planned.stage, manifest.metrics), planned.ref.id
+            planned.stage,
+            how,
+            seconds,
+            speed(manifest.metrics),
+            headline(planned.stage, manifest.metrics),
+            planned.ref.id,
         )
         if any(entry.path == "report.html" for entry in manifest.files):
             key = f"{planned.ref.id}/report.html"

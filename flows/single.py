@@ -1,12 +1,12 @@
 """One stage of the pipeline as a flow of its own: `data`, `sft`, `reward`, `ppo`, `evaluate`.
 
-The same task as in `flows.rlhf`, on inputs that are published already; nothing but the one stage is built. For a cluster where
-stages have deployments (and so work pools) of their own, and for `rlhf run --stage`.
+The same task as in `flows.rlhf`, on inputs that are published already; nothing but the one stage is built. For a
+cluster where stages have deployments (and so work pools) of their own, and for `rlhf run --stage`.
 """
 
 from prefect import Flow, flow
 
-from flows.selection import plan_single
+from flows.selection import plan_run
 from rlhf_core.artifacts import ArtifactRef
 from rlhf_core.config import PipelineConfig
 from rlhf_core.specs import StageName
@@ -20,8 +20,9 @@ def single(stage: StageName) -> Flow[..., dict[StageName, ArtifactRef]]:
 
     @flow(name=f"rlhf-{stage}", flow_run_name="{config.name}", persist_result=False)
     def run(config: PipelineConfig, force: bool = False) -> dict[StageName, ArtifactRef]:
-        planned = plan_single(config, stage, Store(config.store), force)
-        ref = run_planned(config, {stage: planned}, (stage,) if force else (), stage, **planned.inputs)
+        forced = (stage,) if force else ()
+        [planned] = plan_run(config, Store(config.store), forced, only=stage)
+        ref = run_planned(config, {stage: planned}, forced, stage, **planned.inputs)
         report(config, {stage: planned}, {stage: ref})
         return {stage: ref}
 

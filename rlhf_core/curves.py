@@ -27,6 +27,7 @@ class Known:
         note: how to read it, one line.
         guide: a value worth a dashed line, e.g. chance.
         view: the part of the y axis that is shown at most.
+        log: whether the y axis is logarithmic.
     """
 
     title: str
@@ -34,6 +35,7 @@ class Known:
     note: str = ""
     guide: float | None = None
     view: tuple[float, float] = (-math.inf, math.inf)
+    log: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,11 @@ _KL_NOTE = "Distance from the SFT model. Steady growth is normal; a jump means t
 KNOWN: dict[str, Known] = {
     "loss": Known("Loss", "nats per token"),
     "reward/loss": Known("Pairwise loss", "nats per pair", "−log σ(chosen − rejected); 0.69 is guessing.", math.log(2)),
-    "perplexity": Known("Perplexity", "exp(nats per token)"),
+    "perplexity": Known("Perplexity", "exp(nats per token)", log=True),
     "accuracy": Known("Accuracy", "share of pairs", "Pairs whose chosen answer scores higher; 0.5 is guessing.", 0.5),
     "margin": Known("Score margin", "score, chosen − rejected", "How far apart the two answers of a pair are.", 0.0),
     "score_mean": Known("Score, mean of both answers", "score", "Its level has no meaning, only differences do."),
-    "score": Known("Reward model's score", "normalised score", "Of the rollout's answers; what PPO raises."),
+    "score": Known("Reward model's score", "score", "Of the rollout's answers; what PPO raises."),
     "return_mean": Known("Return", "score − KL penalty"),
     "kl_sequence": Known("KL to the SFT model, per answer", "nats per answer", _KL_NOTE, 0.0),
     "kl_token": Known("KL to the SFT model, per token", "nats per token", "The same, free of answer length.", 0.0),
@@ -64,11 +66,11 @@ KNOWN: dict[str, Known] = {
     "approx_kl": Known("KL of old and new actor", "nats per token", "Size of an update; beyond about 0.1 too large."),
     "clip_fraction": Known("Clipped ratios", "share of tokens", "Beyond about 0.3 the updates are too large."),
     "explained_variance": Known(
-        "Explained variance of the critic", "1 − Var(error) / Var(return)", "1 is perfect, 0 no use.", 0.0, (-1, 1.05)
+        "Explained variance of the critic", "share of variance", "1 is perfect, 0 no use.", 0.0, (-1, 1.05)
     ),
     "entropy": Known("Entropy of the actor", "nats per token", "Near 0 the actor has stopped exploring."),
     "response_length": Known("Answer length", "tokens"),
-    "eos_rate": Known("Answers that end by themselves", "share of answers", "", None, (-0.02, 1.02)),
+    "eos_rate": Known("Finished answers", "share of answers", "With an end-of-sequence token.", None, (-0.02, 1.02)),
     "critic_loss": Known("Value loss", "squared error / 2"),
     "actor_loss": Known("Policy loss", "clipped surrogate", "Near 0 by construction; no measure of progress."),
     "ratio_first": Known(
@@ -123,11 +125,11 @@ def series_of(rows: Sequence[Row], name: str) -> list[Series]:
 
 
 def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over `window` points, as long as its input `[points]`; fewer at the ends, so it never lags."""
+    """Centred mean over `window` points, as long as its input `[points]`; at the ends, over those that there are."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     i = np.arange(len(values))
-    reach = np.minimum(window // 2, np.minimum(i, len(values) - 1 - i))
-    return (total[i + reach + 1] - total[i - reach]) / (2 * reach + 1)
+    first, last = np.maximum(i - window // 2, 0), np.minimum(i + window // 2 + 1, len(values))
+    return (total[last] - total[first]) / (last - first)
 
 
 def number(value: float | None, digits: int = 3) -> str:

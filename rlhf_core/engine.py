@@ -109,7 +109,8 @@ def train_engine(model: nn.Module, spec: OptimSpec, resources: Resources, precis
     optimizer = GuardedAdamW([g for g in groups if g["params"]], lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
     config = engine_config(resources, precision, spec.max_grad_norm)
     if resources.zero_stage == 0 and precision == "fp32":
-        optimizer.max_norm = config.pop("gradient_clipping")
+        optimizer.max_norm = spec.max_grad_norm
+        config["gradient_clipping"] = 0.0  # left out, DeepSpeed would clip to 1
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)  # pyright: ignore
     return engine
 

@@ -1,7 +1,8 @@
-"""Gold rewards: the ground truth of a task, by name. It labels sampled pairs and judges models; no stage trains on it.
+"""Gold rewards: the ground truth of a task, by name. It labels sampled pairs and judges models; no stage trains on
+it.
 
-`quickstart` is the definition of the generated task; `vader` is the sentiment of a text by the VADER lexicon (Hutto and
-Gilbert, 2014), for stories that should end well. Left out: learned judges.
+`quickstart` is the definition of the generated task; `vader` is the sentiment of a text by the VADER lexicon (Hutto
+and Gilbert, 2014), for stories that should end well. Left out: learned judges.
 """
 
 from collections.abc import Callable, Sequence

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 from PIL import Image
 
 from rlhf_core.curves import Known, Series, decimals, fixed, known, moving_mean, number, shorten
@@ -25,26 +25,29 @@ MODEL_COLORS = {"base": GREY, "sft": BLUE, "ppo": ORANGE}
 LEGEND: dict[str, Any] = {"frameon": False, "handlelength": 1.3, "columnspacing": 1.2, "handletextpad": 0.5}
 MOST_POINTS = 1500  # of a raw line; more are averaged in groups
 SMOOTH_FROM = 20  # points from which a moving mean says more than the line itself
-DPI = 150
+DPI = 180
 
 
 def draw_curve(path: Path, stage: str, name: str, lines: Sequence[Series]) -> None:
     """Write the PNG of one metric of one stage; `lines` is not empty."""
     shown = known(stage, name) or Known(name)
-    figure = Figure(figsize=(5.4, 3.0), dpi=DPI, facecolor="white")
-    axes = figure.add_axes((0.145, 0.19, 0.825, 0.67))
+    figure = Figure(figsize=(4.2, 2.6), dpi=DPI, facecolor="white")
+    axes = figure.add_axes((0.165, 0.205, 0.81, 0.64))
     _style(axes)
     for line in lines:
         (_draw_train if line.kind == "train" else _draw_eval)(axes, line)
     _frame(axes, shown)
     axes.set_ylabel(shown.unit, fontsize=8.5)
-    axes.set_xlabel("rollout" if stage == "ppo" else "optimizer step", fontsize=8.5, loc="left")
-    last = lines[-1].value
-    change = number(last[-1]) if len(last) == 1 else f"{number(last[0])} → {number(last[-1])}"
-    figure.text(0.02, 0.945, shorten(shown.title, 44), fontsize=10.5, fontweight="bold", color=INK, va="center")
-    figure.text(0.97, 0.945, change, fontsize=9, color=SOFT, va="center", ha="right")
+    axes.set_xlabel("rollout" if stage == "ppo" else "step", fontsize=8.5, loc="left")
+    figure.text(0.02, 0.94, shorten(shown.title, 36), fontsize=10, fontweight="bold", color=INK, va="center")
+    figure.text(0.98, 0.94, _change(lines[-1]), fontsize=8.5, color=SOFT, va="center", ha="right")
     figure.legend(
-        *axes.get_legend_handles_labels(), loc="lower right", bbox_to_anchor=(0.985, 0), ncols=4, fontsize=7.5, **LEGEND
+        *axes.get_legend_handles_labels(),
+        loc="lower right",
+        bbox_to_anchor=(0.99, -0.01),
+        ncols=4,
+        fontsize=8,
+        **LEGEND,
     )
     _save(figure, path)
 
@@ -109,11 +112,24 @@ def _draw_train(axes: Axes, line: Series) -> None:
     if len(step) < SMOOTH_FROM:
         axes.plot(step, value, color=BLUE, linewidth=1.8, marker="o", markersize=3, label="train", zorder=3)
         return
-    window = max(3, len(step) // 20) | 1
+    window = _window(len(step))
     points = window * math.ceil(len(line.step) / MOST_POINTS)
     axes.plot(step, value, color=BLUE, linewidth=0.7, alpha=0.5, label="train", zorder=2)
     mean = moving_mean(value, window)
     axes.plot(step, mean, color=BLUE, linewidth=2.0, label=f"mean of {points}", zorder=3)
+
+
+def _change(line: Series) -> str:
+    """First and last value, smoothed where the line is."""
+    value = _thinned(line.value)
+    if line.kind == "train" and len(value) >= SMOOTH_FROM:
+        value = moving_mean(value, _window(len(value)))
+    return number(value[-1]) if len(value) == 1 else f"{number(value[0])} → {number(value[-1])}"
+
+
+def _window(points: int) -> int:
+    """Width of the moving mean, odd: a twentieth of the line."""
+    return max(3, points // 20) | 1
 
 
 def _draw_eval(axes: Axes, line: Series) -> None:
@@ -134,8 +150,18 @@ def _thinned(values: np.ndarray) -> np.ndarray:
 
 
 def _frame(axes: Axes, shown: Known) -> None:
-    """The guide line where it is near the data, and the part of the y axis worth seeing."""
+    """The scale, the guide line where it is near the data, and the part of the y axis worth seeing."""
     low, high = axes.get_ylim()
+    if shown.log and low > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        return
+    middle = (low + high) / 2
+    if high - low < 0.02 * abs(middle):  # constant, or rounding: not to be magnified
+        low, high = middle - 0.1 * abs(middle), middle + 0.1 * abs(middle)
+        axes.set_ylim(low, high)
     room = 0.5 * (high - low)
     if shown.guide is not None and low - room <= shown.guide <= high + room:
         axes.axhline(shown.guide, color=INK, linewidth=0.9, linestyle=(0, (4, 4)), alpha=0.5, zorder=1)

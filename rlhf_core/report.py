@@ -2,13 +2,13 @@
 
 Pure functions from plain data to files; no torch, no network, no clock. The page opens with a verdict that follows
 from the intervals by fixed rules (`verdict`, `warnings`), then tables, sample answers side by side (the first prompts
-in order, not chosen), every curve, and the lineage. Plots are PNGs, inside the page as data URIs and beside it in plots/.
-The shape of `evaluation` is what `rlhf_core.evaluate` writes to evaluation.json; what is missing is left out.
+in order, not chosen), every curve, and the lineage. Plots are PNGs, inside the page as data URIs and beside it in
+plots/. The shape of `evaluation` is what `rlhf_core.evaluate` writes to evaluation.json; what is missing is left out.
 """
 
 import base64
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ TABLE = {
     "kl_sequence": ("KL to SFT", "nats per answer", 1),
     "kl_token": ("KL to SFT", "nats per token", 1),
     "length": ("Answer length", "tokens", 1),
-    "eos_rate": ("Ends by itself", "% of answers", 100),
+    "eos_rate": ("Finished answers", "% with end of sequence", 100),
     "perplexity": ("Perplexity", "held-out SFT answers", 1),
 }
 TILES = (
     ("length", "Answer length", 1, "tokens; "),
-    ("eos_rate", "End by themselves", 100, "%; "),
+    ("eos_rate", "Finished", 100, "%; "),
     ("perplexity", "Perplexity", 1, ""),
 )
 HEADLINES = {
@@ -167,7 +167,7 @@ def _tiles(evaluation: Mapping[str, Any]) -> str:
         tiles.append(("KL to SFT", number(ppo["kl_sequence"]["value"]), "nats per answer"))
     for key, heading, scale, unit in TILES:
         if key in sft and key in ppo:
-            places = decimals((scale * sft[key]["value"], scale * ppo[key]["value"]))
+            places = 1 if scale == 100 else decimals((sft[key]["value"], ppo[key]["value"]))
             before, after = (fixed(scale * m[key]["value"], places) for m in (sft, ppo))
             tiles.append((heading, after, f"{unit}SFT {before}"))
     cells = (f"<div><dt>{escape(a)}</dt><dd>{escape(b)}<small>{escape(c)}</small></dd></div>" for a, b, c in tiles)
@@ -178,7 +178,7 @@ def _bars(plots: Path, models: Mapping[str, Mapping[str, Any]]) -> str:
     html = ""
     scored = {m: [v["reward"]] for m, v in models.items() if v.get("reward")}
     if scored:
-        draw_bars(plots / "reward.png", "Reward model's score", ["mean"], scored)
+        draw_bars(plots / "reward.png", "Reward model's score", ["score"], scored)
         html += _image(plots / "reward.png", "Mean score of the reward model for each model, with 95 % intervals")
     parts = {m: v.get("gold_parts", {}) for m, v in models.items() if v.get("gold")}
     if parts:
@@ -210,7 +210,8 @@ def _table_row(
     heading: str, unit: str, cells: Mapping[str, Interval | None], gain: Interval | None, scale: float, kind: str = ""
 ) -> str:
     """One metric; the base model, often far off, does not decide how many digits the row has."""
-    places = decimals(scale * cell["value"] for model, cell in cells.items() if cell and model != "base")
+    places = decimals(cell["value"] for model, cell in cells.items() if cell and model != "base")
+    places = 1 if scale == 100 else places
     shown = [_estimate(cell, places, scale) for cell in cells.values()]
     shown.append(_estimate(gain, places, scale, signed=True) if gain else "")
     head = f'<th scope="row">{escape(heading)}<small>{escape(unit)}</small></th>'
@@ -222,8 +223,8 @@ def _method(evaluation: Mapping[str, Any]) -> str:
     settings = ", ".join(f"{name.replace('_', ' ')} {evaluation[name]}" for name in names)
     return (
         f'<p class="fine">One answer to each of {evaluation.get("prompts", "?")} held-out prompts ({escape(settings)}), '
-        "sampled with the same noise for all models. Small numbers are 95 % intervals over prompts: Student's t for means "
-        "and paired differences, Wilson's for shares (a tie is half a win), the delta method for token means.</p>"
+        "sampled with the same noise for all models. Small numbers are 95 % intervals over prompts: Student's t for "
+        "means and paired differences, Wilson's for shares (a tie is half a win), the delta method for token means.</p>"
     )
 
 

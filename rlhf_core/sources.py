@@ -6,7 +6,7 @@ remembered by path, size and modification time under `~/.cache/rlhf`.
 """
 
 import hashlib
-import importlib.resources
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.artifacts import sha256_file
-from rlhf_core.errors import ConfigError
+from rlhf_core.errors import ConfigError, StoreError
 from rlhf_core.specs import DataSpec, FileSource, ModelSpec
 
 # What defines a model or tokenizer folder; other files (README, optimizer states) do not.
@@ -36,7 +36,9 @@ def local_path(path: str, field: str) -> Path:
         try:
             found = Path(str(importlib.resources.files(package))) / inner
         except ModuleNotFoundError:
-            raise ConfigError(f"{field}: {path!r}: the Python package {package!r} is not installed; pip install it") from None
+            raise ConfigError(
+                f"{field}: {path!r}: the Python package {package!r} is not installed; pip install it"
+            ) from None
     else:
         found = Path(path).expanduser()
     if not found.exists():
@@ -66,14 +68,36 @@ def _file_digest(path: Path) -> str:
     stat = path.stat()
     if stat.st_size < 64 << 20:
         return sha256_file(path)
+    return _remembered(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}", lambda: sha256_file(path))
+
+
+def _remote_digest(url: str, field: str) -> str:
+    """sha256 of an object in object storage: read once, then remembered by URL, size and version."""
+    import fsspec
+
+    def read() -> str:
+        with files.open(inner, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    try:
+        files, inner = fsspec.core.url_to_fs(url)
+        info = files.info(inner)
+        version = info.get("ETag") or info.get("etag")
+        return _remembered(f"{url}:{info['size']}:{version}", read) if version else read()
+    except FileNotFoundError:
+        raise ConfigError(f"{field}: {url!r} does not exist") from None
+    except Exception as error:
+        raise StoreError(f"{field}: {url}: {type(error).__name__}: {error}") from error
+
+
+def _remembered(key: str, compute: Callable[[], str]) -> str:
     memory = Path.home() / ".cache" / "rlhf" / "digests.json"
-    key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
     try:
         known = json.loads(memory.read_text())
     except (OSError, ValueError):
         known = {}
     if key not in known:
-        known[key] = sha256_file(path)
+        known[key] = compute()
         try:
             memory.parent.mkdir(parents=True, exist_ok=True)
             temporary = memory.with_name(f"{memory.name}.{os.getpid()}")
@@ -88,7 +112,9 @@ Digest = Callable[[str, str], str]
 
 
 def content_id(path: str, field: str) -> str:
-    """Identity of what a path holds: its digest on this disk, `hub:NAME` for a hub name."""
+    """Identity of what a path holds: its digest on this disk or in object storage, `hub:NAME` for a hub name."""
+    if "://" in path:
+        return f"sha256:{_remote_digest(path, field)}"
     if not Path(path).expanduser().exists() and is_hub_name(path):
         return f"hub:{path}"
     return f"sha256:{digest(local_path(path, field))}"

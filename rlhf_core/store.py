@@ -56,10 +56,12 @@ class Store:
         return f"{self.root}/{key}"
 
     def _call(self, verb: str, key: str, call: Callable[[], T]) -> T:
-        """Run `call`; FileNotFoundError becomes KeyError, any other failure StoreError."""
+        """Run `call`; FileNotFoundError becomes KeyError, any other failure, and that of a write, StoreError."""
         try:
             return call()
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if verb in ("write", "upload"):  # e.g. no such bucket: what a writer looks for is never merely absent
+                raise StoreError(f"{verb} {self.url}/{key}: {error}") from error
             raise KeyError(key) from None
         except (AlreadyExists, StoreError):
             raise

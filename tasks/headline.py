@@ -1,7 +1,7 @@
 """Which of a stage's metrics are shown in tables, and how: the headline, the speed, the time.
 
-Shared by the command line, the progress lines and the Prefect report, so that a stage is described the same way everywhere.
-What a manifest lacks is left out. Imports neither Prefect nor rich.
+Shared by the command line, the progress lines and the Prefect report, so that a stage is described the same way
+everywhere. What a manifest lacks is left out. Imports neither Prefect nor rich.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 from rlhf_core.specs import StageName
 
 HEADLINES: dict[StageName, tuple[tuple[str, str], ...]] = {
-    "data": (("rows", "rows"),),
+    "data": (("rows_kept", "rows"),),
     "sft": (("eval_loss", "eval loss"), ("eval_perplexity", "perplexity")),
     "reward": (("eval_accuracy", "accuracy"),),
     "ppo": (("score_last", "score"), ("kl_sequence_last", "KL")),
@@ -26,7 +26,7 @@ HEADLINES: dict[StageName, tuple[tuple[str, str], ...]] = {
 
 
 def headline(stage: StageName, metrics: Mapping[str, Any]) -> str:
-    """The numbers by which a stage is judged, e.g. "accuracy 0.842 [0.81, 0.87]"; with a 95% interval where there is one."""
+    """The numbers by which a stage is judged, with their 95% interval: "accuracy 0.842 [0.81, 0.87]"."""
     return ", ".join(f"{label} {_with_interval(key, metrics)}" for key, label in HEADLINES[stage] if key in metrics)
 
 

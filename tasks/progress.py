@@ -1,9 +1,9 @@
 """Show how a stage's job goes: in the terminal, as a Prefect progress artifact, and as sparse lines of the run's log.
 
-`on_event` only remembers the newest event, so the launcher that calls it never waits. One background thread a stage does the
-reporting: the artifact is updated in place at most every 5 s and the log gets a line at most every 15 s. The terminal is
-used only if the command line asked for it (RLHF_TERMINAL=1): a live bar where it is a TTY, else a plain line at most every
-10 s. A reporting error is logged once and then ignored; it never ends or delays a stage.
+`on_event` only remembers the newest event, so the launcher that calls it never waits. One background thread a stage
+does the reporting: the artifact is updated in place at most every 5 s and the log gets a line at most every 15 s. The
+terminal is used only if the command line asked for it (RLHF_TERMINAL=1): a live bar where it is a TTY, else a plain
+line at most every 10 s. A reporting error is logged once and then ignored; it never ends or delays a stage.
 """
 
 import contextvars
@@ -55,7 +55,9 @@ class Progress:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         self._thread.join(timeout=5 if kind is None else 1)
         if self._bar:
@@ -88,7 +90,9 @@ class Progress:
         except Exception as error:
             if not self._warned:
                 self._warned = True
-                self._log.warning("progress cannot be reported (the stage goes on): %s: %s", type(error).__name__, error)
+                self._log.warning(
+                    "progress cannot be reported (the stage goes on): %s: %s", type(error).__name__, error
+                )
 
     def _is_due(self, channel: str, seconds: float) -> bool:
         now = time.monotonic()

@@ -1,7 +1,7 @@
 """The pipeline report: one Prefect markdown artifact at the end of a run with a row for each stage.
 
-Prefect's UI shows neither why a task was cached nor where its result lives, so this table does: reused or built, fingerprint,
-time, speed, headline numbers and place. It is a view of the manifests, which stay the record.
+Prefect's UI shows neither why a task was cached nor where its result lives, so this table does: reused or built,
+fingerprint, time, speed, headline numbers and place. It is a view of the manifests, which stay the record.
 """
 
 from collections.abc import Mapping

@@ -1,10 +1,10 @@
 """Run one stage: reuse its artifact, or run the job that makes it and publish the result.
 
-`build_stage` is the whole logic, without Prefect; `run_stage` is the Prefect task around it, and `run_planned` calls that task
-with the stage's retries. A retry calls the same function again: finished -> reuse; finished but unpublished -> publish;
-half done -> a job that goes on from its newest checkpoint. Forcing a stage first retires its artifact, once for each run,
-so that the retry of a forced run goes on instead of beginning anew. The task is called in the main thread, never submitted, so
-that cancellation and termination reach the launcher.
+`build_stage` is the whole logic, without Prefect; `run_stage` is the Prefect task around it, and `run_planned` calls
+that task with the stage's retries. A retry calls the same function again: finished -> reuse; finished but unpublished
+-> publish; half done -> a job that goes on from its newest checkpoint. Forcing a stage first retires its artifact, once
+for each run, so that the retry of a forced run goes on instead of beginning anew. The task is called in the main
+thread, never submitted, so that cancellation and termination reach the launcher.
 """
 
 import platform
@@ -99,7 +99,7 @@ def job_of(store: Store, config: PipelineConfig, planned: StagePlan) -> JobSpec:
 
 
 def find(store: Store, ref: ArtifactRef) -> Manifest | None:
-    """The manifest of a published artifact whose files are all there with their sizes, or None if it is not published."""
+    """The manifest of a published artifact, its files seen to be there; None if it is not published."""
     manifest = read_manifest(store, ref)
     if manifest is not None:
         try:
@@ -124,8 +124,8 @@ def publish_finished(store: Store, planned: StagePlan, provenance: Mapping[str, 
 def retire(store: Store, ref: ArtifactRef, run: str) -> None:
     """Make an artifact unpublished, so that it is built anew; does nothing if `run` has done so before.
 
-    The manifest is kept under `superseded/`. Results and checkpoints of earlier attempts go, as the next attempt would publish
-    or resume them. The marker comes last: an interrupted call is repeated, a completed one is not.
+    The manifest is kept under `superseded/`. Results and checkpoints of earlier attempts go, as the next attempt would
+    publish or resume them. The marker comes last: an interrupted call is repeated, a completed one is not.
     """
     marker = f"{ref.id}/superseded/by-{run}.json"
     stored = store.list(ref.id)
@@ -193,7 +193,7 @@ def run_stage(
 ) -> ArtifactRef | State[ArtifactRef]:
     """One stage as a Prefect task; its state is named Cached if the artifact was there already.
 
-    `inputs` are the results of the tasks before it: they draw the edges of Prefect's graph and must be the planned ones.
+    `inputs` are the results of the tasks before it: they draw the edges of Prefect's graph and are the planned ones.
     """
     assert inputs == planned.inputs, f"{planned.stage}: given {inputs}, planned {planned.inputs}"
     log = get_run_logger()

@@ -1,8 +1,9 @@
 """The data stage: sources -> examples -> shares by prompt -> token ids on disk. One process, no torch.
 
-Three passes. Read: every row becomes an example or a counted drop, and goes as text to the file of its share and split.
-Tokenise: batch by batch to rows of ids. Sample: pairs for the reward share where the data has none. Leaves `tokenizer/`,
-`{sft,reward,ppo}/{train,test}/` and `report.json`. Rows keep the order in which they were read; trainers shuffle.
+Three passes. Read: every row becomes an example or a counted drop, and goes as text to the file of its share and
+split. Tokenise: batch by batch to rows of ids. Sample: pairs for the reward share where the data has none. Leaves
+`tokenizer/`, `{sft,reward,ppo}/{train,test}/` and `report.json`. Rows keep the order in which they were read;
+trainers shuffle.
 """
 
 import hashlib
@@ -128,12 +129,14 @@ class DataStage:
         for place, file in drafts.items():
             for batch in file.batches():
                 rows = maker.of(place[0], batch)
-                files[place].add_rows([row for row in rows if row.get("chosen_ids", True)])
-                unpaired += [(place, row) for row in rows if not row.get("chosen_ids", True)]
+                files[place].add_rows([row for row in rows if not _lacks_pair(row)])
+                unpaired += [(place, row) for row in rows if _lacks_pair(row)]
                 done += len(batch)
                 self.context.progress(done, total, "tokenise", unit="rows")
         if unpaired:
-            pairs, self.sampled = sample_pairs(self.context, self.spec, tokenizer, encoder, [row for _, row in unpaired])
+            pairs, self.sampled = sample_pairs(
+                self.context, self.spec, tokenizer, encoder, [row for _, row in unpaired]
+            )
             for (place, row), pair in zip(unpaired, pairs, strict=True):
                 if pair is None:
                     self.tally.drop(row["source"], Reason.TIE)
@@ -150,12 +153,15 @@ class DataStage:
                 continue
             reasons = ", ".join(f"{reason} {count}" for reason, count in self.tally.reasons().items()) or "none"
             shares = ", ".join(f"{name} {data['rows']}" for name, data in splits.items())
-            remedy = f"raise data.shares.test ({self.spec.shares.test:g})" if split == "test" else "see what was dropped"
+            remedy = (
+                "relax the limits" if split == "train" else f"raise data.shares.test (is {self.spec.shares.test:g})"
+            )
             if share == "reward" and not splits["reward/train"]["rows"]:
-                remedy = "give a source with chosen and rejected, or set data.sampled_pairs"
+                remedy = "give a source with chosen and rejected, set data.sampled_pairs"
             raise DataError(
-                f"data.shares.{share} is {weight:g}, but its {split} split has no rows. Read {self.tally.read.total()}; "
-                f"dropped: {reasons}; kept: {shares}. Give more data, {remedy}, or set data.shares.{share} to 0"
+                f"data.shares.{share} is {weight:g}, but its {split} split has no rows. Rows read: "
+                f"{self.tally.read.total()}; dropped: {reasons}; kept: {shares}. Give more data, {remedy}, or set "
+                f"data.shares.{share} to 0"
             )
 
     def report(self, tokenizer: Any, splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -208,6 +214,11 @@ def _identity(share: Share, example: Example) -> bytes:
     elif share == "reward":
         texts += [example.chosen or "", example.rejected or ""]
     return hashlib.sha256("\0".join(texts).encode()).digest()[:16]
+
+
+def _lacks_pair(row: dict[str, Any]) -> bool:
+    """Whether a row of the reward share is only a prompt; rows of other shares have no such column."""
+    return row.get("chosen_ids") == []
 
 
 def _format(source: QuickstartSource | FileSource | HubSource, first: list[Read], field: str) -> RowFormat:

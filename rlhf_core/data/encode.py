@@ -1,10 +1,11 @@
-"""Encode: token ids of prompts and responses, which are encoded apart and joined, so that every stage sees the same ids.
+"""Encode: token ids of prompts and responses, which are encoded apart and joined, so that every stage sees the same
+ids.
 
-A prompt begins with BOS if the tokenizer puts one there by itself; a response ends with EOS, once. Special tokens written out
-in the data ("</s>") are encoded as the characters they are, except in what a chat template has written. Tokenizers of the
-llama kind begin any text with a space; for a text that continues another that space is taken away again, so that prompt and
-response together decode to what they were. The tokenizers library encodes a batch on all cores by threads, which, unlike
-processes, start in no time and report progress.
+A prompt begins with BOS if the tokenizer puts one there by itself; a response ends with EOS, once. Special tokens
+written out in the data ("</s>") are encoded as the characters they are, except in what a chat template has written.
+Tokenizers of the llama kind begin any text with a space; for a text that continues another that space is taken away
+again, so that prompt and response together decode to what they were. The tokenizers library encodes a batch on all
+cores by threads, which, unlike processes, start in no time and report progress.
 """
 
 from collections.abc import Sequence
@@ -79,5 +80,7 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response without EOS and pad, with the space it may begin with."""
-        text = self._tokenizer.decode([*self._anchor, *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(
+            [*self._anchor, *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return str(text).removeprefix(ANCHOR)

@@ -1,11 +1,13 @@
 """Formats: what the columns of a row mean. Any row becomes one `Example`: a prompt, maybe an answer, maybe a pair.
 
 Three formats of rows: `pairs` (prompt, chosen, rejected, answer or response; each a text or a list of messages),
-`messages` (whole dialogues, the last answer is what SFT learns) and `dialogue` (hh-rlhf: two whole dialogues as text that
-differ in the last answer). `detect` tells them apart by the columns of the first rows. A row that cannot be used raises
-`Dropped`, which the caller counts; a column that is not there is a `DataError`. Left out: token lengths (`encode`).
+`messages` (whole dialogues, the last answer is what SFT learns) and `dialogue` (hh-rlhf: two whole dialogues as text
+that differ in the last answer). `detect` tells them apart by the columns of the first rows. A row that cannot be used
+raises `Dropped`, which the caller counts; a column that is not there is a `DataError`. Left out: token lengths
+(`encode`).
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,6 +16,7 @@ from rlhf_core.data.template import ASSISTANT, HUMAN, Dropped, Message, Reason, 
 from rlhf_core.errors import DataError
 
 COLUMNS = ("prompt", "chosen", "rejected", "answer", "response", "messages")
+SURROGATE = re.compile("[\ud800-\udfff]")
 Row = Mapping[str, Any]
 RowFormat = Literal["pairs", "messages", "dialogue"]
 
@@ -56,8 +59,8 @@ def detect(rows: Sequence[Row], field: str) -> RowFormat:
     elif "messages" in filled:
         return "messages"
     raise DataError(
-        f"{field}.format is auto, but the columns {_listed(filled)} are no known format; needed: prompt (with chosen and "
-        "rejected, answer or response), or messages, or chosen and rejected as whole dialogues. Map the names with "
+        f"{field}.format is auto, but the columns {_listed(filled)} are no known format; needed: prompt (with chosen "
+        "and rejected, answer or response), or messages, or chosen and rejected as whole dialogues. Map the names with "
         f"{field}.columns, e.g. {{prompt: question}}"
     )
 
@@ -125,7 +128,7 @@ def _pair(row: Row, template: Template, where: str) -> Example:
         replies["answer"] = replies["response"]
     replies.pop("response", None)
     dialogues = {key: parse_messages(value) for key, value in replies.items() if not isinstance(value, str)}
-    # A list that does not begin with an answer is the whole dialogue (TRL's "implicit prompt"), whatever the prompt says.
+    # A list that does not begin with an answer is the whole dialogue (TRL's "implicit prompt"); it says what the prompt is.
     whole = {key: value for key, value in dialogues.items() if not value or value[0].role != "assistant"}
     texts = {key: _text(value) for key, value in replies.items() if key not in dialogues}
     if whole:
@@ -177,7 +180,7 @@ def _text(value: Any) -> str:
 
 def _is_unicode(text: str) -> bool:
     """False for half a surrogate pair, which JSON allows and no tokenizer or Arrow file takes."""
-    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
+    return text.isascii() or not SURROGATE.search(text)
 
 
 def _listed(columns: Mapping[str, Any]) -> str:

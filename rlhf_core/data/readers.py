@@ -1,8 +1,8 @@
 """Readers: rows of a source, one at a time, each with its place, so that a mistake in a file is found by its line.
 
-Files are .jsonl, .json, .parquet (each also .gz) or, for stories, plain text; they may be in object storage (`s3://…`, through
-fsspec). A row is a mapping of our column names to values. `check_places` finds a missing file before any work is done.
-Left out: what the columns mean (`formats`).
+Files are .jsonl, .json, .parquet (each also .gz) or, for stories, plain text; they may be in object storage
+(`s3://…`, through fsspec). A row is a mapping of our column names to values. `check_places` finds a missing file
+before any work is done. Left out: what the columns mean (`formats`).
 """
 
 import json
@@ -51,8 +51,9 @@ def check_places(spec: DataSpec) -> None:
         unknown = sorted(set(source.columns) - set(COLUMNS))
         if unknown:
             raise ConfigError(f"{field}.columns: {unknown[0]!r} is none of our columns; use {', '.join(COLUMNS)}")
-        for path in source.paths if isinstance(source, FileSource) else ():
-            _check_file(path, source, f"{field}.paths")
+        if isinstance(source, FileSource):
+            for path in source.paths:
+                _check_file(path, source, f"{field}.paths")
 
 
 def _check_file(path: str, source: FileSource, field: str) -> None:
@@ -63,8 +64,8 @@ def _check_file(path: str, source: FileSource, field: str) -> None:
         raise ConfigError(f"{field}: {path!r} does not exist")
     if source.format != "stories" and _suffix(path) not in SUFFIXES:
         raise ConfigError(
-            f"{field}: {path!r} ends with {_suffix(path)!r}; known are {', '.join(SUFFIXES)}, each also with .gz, and any "
-            "text file with format: stories"
+            f"{field}: {path!r} ends with {_suffix(path)!r}; known are {', '.join(SUFFIXES)}, each also with .gz, and "
+            "any text file with format: stories"
         )
     if source.format == "stories":
         try:
@@ -122,18 +123,19 @@ def _quickstart(source: QuickstartSource, field: str, seed: int) -> Iterator[Rea
 
 def _hub(source: HubSource, field: str) -> Iterator[Read]:
     import datasets
+    from datasets import config
 
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
     except (OSError, ValueError) as error:
         # Without a network every retry would end the same way; a network that fails may be back for the next one.
-        kind = StoreError if isinstance(error, ConnectionError) and not datasets.config.HF_HUB_OFFLINE else DataError
-        offline = " (HF_HUB_OFFLINE is set)" if datasets.config.HF_HUB_OFFLINE else ""
+        kind = StoreError if isinstance(error, ConnectionError) and not config.HF_HUB_OFFLINE else DataError
+        offline = " (HF_HUB_OFFLINE is set)" if config.HF_HUB_OFFLINE else ""
         reason = str(error).strip().partition("\n")[0]
         raise kind(
-            f"{field}.name: the data set {source.name!r} (subset {source.subset}, split {source.split!r}) cannot be loaded"
-            f"{offline}: {reason}; check the name, or download it and use `kind: files`"
+            f"{field}.name: the data set {source.name!r} (subset {source.subset}, split {source.split!r}) cannot be "
+            f"loaded{offline}: {reason}; check the name, or download it and use `kind: files`"
         ) from error
     for i, row in enumerate(rows):
         yield Read(source.name, f"{source.name} {source.split} row {i + 1}", dict(row))

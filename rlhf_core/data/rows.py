@@ -1,15 +1,17 @@
 """Rows: what each share keeps of an example as token ids, and the rules of length.
 
-A prompt over `max_prompt_tokens` is left out. A response over `max_response_tokens` is left out with its row, or cut (without
-EOS, as it has not ended) with `truncate_responses`. PPO only compares with its reference, so there an over-long one is left
-empty and the prompt kept. `Tally` counts all of it by source: nothing disappears silently.
+A prompt over `max_prompt_tokens` is left out. A response over `max_response_tokens` is left out with its row, or cut
+(without EOS, as it has not ended) with `truncate_responses`. PPO only compares with its reference, so there an
+over-long one is left empty and the prompt kept. `Tally` counts all of it by source: nothing disappears silently.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf_core.data.encode import Encoder
+from rlhf_core.data.formats import Example
 from rlhf_core.data.split import Share
 from rlhf_core.data.tables import Draft
 from rlhf_core.data.template import Reason
@@ -18,6 +20,16 @@ from rlhf_core.specs import DataSpec
 TRUNCATED = "responses truncated"
 NO_REFERENCE = "references over max_response_tokens"
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An example whose prompt is encoded and short enough; `mask` is 1 on earlier answers."""
+
+    source: str
+    example: Example
+    ids: list[int]
+    mask: list[int]
 
 
 class Tally:
@@ -58,68 +70,64 @@ class RowMaker:
         self._spec = spec
         self._tally = tally
 
-    def sft(self, drafts: Sequence[Draft]) -> Iterator[Row]:
-        """Rows of prompt and response in one, with the loss mask."""
-        texts = [draft.example.answer or draft.example.chosen or "" for draft in drafts]
-        responses = self._encoder.responses(texts)
-        for i, draft, prompt, mask in self._prompts(drafts):
-            response = self._limited(draft.source, responses[i])
-            if response is None:
-                self._tally.drop(draft.source, Reason.LONG_RESPONSE)
-                continue
-            yield {
-                "input_ids": prompt + response,
-                "loss_mask": mask + [1] * len(response),
-                "prompt": draft.example.prompt_text,
-                "response": texts[i],
-            }
-
-    def reward(self, drafts: Sequence[Draft]) -> Iterator[Row]:
-        """Rows of a prompt with two responses; rows of a prompt alone (empty ids) where the draft has no pair."""
-        chosen = self._encoder.responses([draft.example.chosen or "" for draft in drafts])
-        rejected = self._encoder.responses([draft.example.rejected or "" for draft in drafts])
-        for i, draft, prompt, _ in self._prompts(drafts):
-            example = draft.example
-            row = {"prompt_ids": prompt, "prompt": example.prompt_text, "source": draft.source}
-            if example.chosen is None:
-                yield row | {"chosen_ids": [], "rejected_ids": [], "chosen": "", "rejected": ""}
-                continue
-            better, worse = self._limited(draft.source, chosen[i]), self._limited(draft.source, rejected[i])
-            if better is None or worse is None:
-                self._tally.drop(draft.source, Reason.LONG_RESPONSE)
-            elif better == worse:
-                self._tally.drop(draft.source, Reason.SAME)
-            else:
-                pair = {"chosen_ids": better, "rejected_ids": worse}
-                yield row | pair | {"chosen": example.chosen, "rejected": example.rejected}
-
-    def ppo(self, drafts: Sequence[Draft]) -> Iterator[Row]:
-        """Rows of a prompt, with a reference response where the source has one."""
-        texts = [draft.example.answer or draft.example.chosen or "" for draft in drafts]
-        responses = self._encoder.responses(texts)
-        for i, draft, prompt, _ in self._prompts(drafts):
-            response = self._limited(draft.source, responses[i]) if texts[i] else []
-            if response is None:
-                self._tally.notes[draft.source, NO_REFERENCE] += 1
-            yield {
-                "prompt_ids": prompt,
-                "prompt": draft.example.prompt_text,
-                "response_ids": response or [],
-                "response": texts[i] if response else "",
-            }
-
     def of(self, share: Share, drafts: Sequence[Draft]) -> list[Row]:
         """Rows of one share."""
-        return list({"sft": self.sft, "reward": self.reward, "ppo": self.ppo}[share](drafts))
-
-    def _prompts(self, drafts: Sequence[Draft]) -> Iterator[tuple[int, Draft, list[int], list[int]]]:
-        """Index, draft, ids and mask of the drafts whose prompt is not too long."""
         encoded = self._encoder.prompts([draft.example.prompt for draft in drafts])
-        for i, (draft, (ids, mask)) in enumerate(zip(drafts, encoded, strict=True)):
+        prompts = []
+        for draft, (ids, mask) in zip(drafts, encoded, strict=True):
             if len(ids) > self._spec.max_prompt_tokens:
                 self._tally.drop(draft.source, Reason.LONG_PROMPT)
             else:
-                yield i, draft, ids, mask
+                prompts.append(Prompt(draft.source, draft.example, ids, mask))
+        return list({"sft": self._sft, "reward": self._reward, "ppo": self._ppo}[share](prompts))
+
+    def _sft(self, prompts: Sequence[Prompt]) -> Iterator[Row]:
+        """Prompt and response in one, with the loss mask."""
+        texts = [prompt.example.answer or prompt.example.chosen or "" for prompt in prompts]
+        for prompt, text, ids in zip(prompts, texts, self._encoder.responses(texts), strict=True):
+            response = self._limited(prompt.source, ids)
+            if response is None:
+                self._tally.drop(prompt.source, Reason.LONG_RESPONSE)
+                continue
+            yield {
+                "input_ids": prompt.ids + response,
+                "loss_mask": prompt.mask + [1] * len(response),
+                "prompt": prompt.example.prompt_text,
+                "response": text,
+            }
+
+    def _reward(self, prompts: Sequence[Prompt]) -> Iterator[Row]:
+        """A prompt with two responses; with none (empty ids) where the example has no pair."""
+        chosen = self._encoder.responses([prompt.example.chosen or "" for prompt in prompts])
+        rejected = self._encoder.responses([prompt.example.rejected or "" for prompt in prompts])
+        for prompt, chosen_ids, rejected_ids in zip(prompts, chosen, rejected, strict=True):
+            example = prompt.example
+            row = {"prompt_ids": prompt.ids, "prompt": example.prompt_text, "source": prompt.source}
+            if example.chosen is None:
+                yield row | {"chosen_ids": [], "rejected_ids": [], "chosen": "", "rejected": ""}
+                continue
+            better, worse = self._limited(prompt.source, chosen_ids), self._limited(prompt.source, rejected_ids)
+            if better is None or worse is None:
+                self._tally.drop(prompt.source, Reason.LONG_RESPONSE)
+            elif better == worse:
+                self._tally.drop(prompt.source, Reason.SAME)
+            else:
+                texts = {"chosen": example.chosen, "rejected": example.rejected}
+                yield row | texts | {"chosen_ids": better, "rejected_ids": worse}
+
+    def _ppo(self, prompts: Sequence[Prompt]) -> Iterator[Row]:
+        """A prompt, with a reference response where the source has one."""
+        texts = [prompt.example.answer or prompt.example.chosen or "" for prompt in prompts]
+        for prompt, text, ids in zip(prompts, texts, self._encoder.responses(texts), strict=True):
+            response = self._limited(prompt.source, ids) if text else []
+            if response is None:
+                self._tally.notes[prompt.source, NO_REFERENCE] += 1
+            yield {
+                "prompt_ids": prompt.ids,
+                "prompt": prompt.example.prompt_text,
+                "response_ids": response or [],
+                "response": text if response else "",
+            }
 
     def _limited(self, source: str, ids: list[int]) -> list[int] | None:
         """The response, cut if that is allowed, or None if it is too long."""

@@ -1,8 +1,8 @@
-"""Sampled pairs: preferences for data that has none. A pretrained model answers each prompt several times, a gold reward judges
-the answers, and the best and the worst are the pair.
+"""Sampled pairs: preferences for data that has none. A pretrained model answers each prompt several times, a gold
+reward judges the answers, and the best and the worst are the pair.
 
-A prompt whose answers all have the same gold says nothing and is left out. Answers are kept as they were sampled: one that
-did not end has no EOS. This alone of the data stage imports torch.
+A prompt whose answers all have the same gold says nothing and is left out. Answers are kept as they were sampled: one
+that did not end has no EOS. This alone of the data stage imports torch.
 """
 
 from collections.abc import Sequence
@@ -61,7 +61,9 @@ def sample_pairs(
     return [row for row, _ in pairs], _gold_means([golds for _, golds in pairs])
 
 
-def _pair(row: Row, answers: Sequence[list[int]], plan: SampledPairs, encoder: Encoder) -> tuple[Row | None, list[float]]:
+def _pair(
+    row: Row, answers: Sequence[list[int]], plan: SampledPairs, encoder: Encoder
+) -> tuple[Row | None, list[float]]:
     """The row with the best and the worst answer, and the gold of all answers."""
     texts = [encoder.decode(ids) for ids in answers]
     golds = [judged["gold"] for judged in gold.score(plan.gold, [row["prompt"]] * len(texts), texts)]

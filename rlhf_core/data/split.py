@@ -1,9 +1,10 @@
-"""Which stage a prompt belongs to, and whether it is for training or test: by a hash of the prompt, and of nothing else.
+"""Which stage a prompt belongs to, and whether it is for training or test: by a hash of the prompt, and of nothing
+else.
 
-Hence the order of rows, the number of sources and the number of processes do not matter, more data never moves a prompt,
-and no prompt is in two stages or on both sides of train/test. A row that has nothing for the stage of its prompt (say, no
-pair where the hash says reward) goes by a second hash to one of the stages it can feed; the first row of a prompt decides,
-and a later one that cannot follow is left out and counted.
+Hence the order of rows, the number of sources and the number of processes do not matter, more data never moves a
+prompt, and no prompt is in two stages or on both sides of train/test. A row that has nothing for the stage of its
+prompt (say, no pair where the hash says reward) goes by a second hash to one of the stages it can feed; the first row
+of a prompt decides, and a later one that cannot follow is left out and counted.
 """
 
 import hashlib
@@ -49,7 +50,9 @@ class Splitter:
         return share, "test" if _uniform(digest[8:16]) < self.test else "train"
 
     def _choose(self, digest: bytes, feeds: Collection[Share]) -> Share:
-        possible = {share: weight for share, weight in self.weights.items() if weight > 0 and share in feeds}
+        possible: dict[Share, float] = {
+            share: weight for share, weight in self.weights.items() if weight > 0 and share in feeds
+        }
         if not possible:
             raise Dropped(Reason.NO_SHARE)
         wanted = _pick(_uniform(digest[:8]), self.weights)

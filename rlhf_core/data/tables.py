@@ -1,7 +1,8 @@
 """Tables: Arrow files of the data stage. Drafts (text, temporary) while reading, rows (token ids) for the trainers.
 
 Both are written batch by batch and read memory-mapped, so memory does not grow with the data. Rows are stored as
-`datasets.Dataset.save_to_disk` writes them, with a fingerprint made of the content: the same input gives the same bytes.
+`datasets.Dataset.save_to_disk` writes them, with a fingerprint made of the content: the same input gives the same
+bytes.
 """
 
 import hashlib

@@ -1,9 +1,9 @@
 """Templates: how a list of messages becomes text, cut into turns that are learned and turns that are not.
 
-`human_assistant` is the convention of hh-rlhf and DeepSpeed-Chat ("\\n\\nHuman: …\\n\\nAssistant:", an answer begins with a
-space); `chat` is the tokenizer's Jinja template; `none` puts the texts one after the other as they are. An earlier answer of
-a dialogue is a turn of its own, so that it is followed by EOS in every stage, like the last one (DESIGN: rule 10). Left out:
-texts that are prompts already; they never come here.
+`human_assistant` is the convention of hh-rlhf and DeepSpeed-Chat ("\\n\\nHuman: …\\n\\nAssistant:", an answer begins
+with a space); `chat` is the tokenizer's Jinja template; `none` puts the texts one after the other as they are. An
+earlier answer of a dialogue is a turn of its own, so that it is followed by EOS in every stage, like the last one
+(DESIGN: rule 10). Left out: texts that are prompts already; they never come here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -78,7 +78,8 @@ def _parse_message(item: Any) -> Message:
     if isinstance(content, list):
         # Content in parts: only text has a meaning here.
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+        texts = [part for part in parts if isinstance(part, str)]
+        content = "".join(texts) if len(texts) == len(parts) else None
     if not isinstance(role, str) or not isinstance(content, str):
         raise Dropped(Reason.NOT_TEXT)
     return Message(ROLES.get(role, role), content)
@@ -99,15 +100,15 @@ class Template:
 
         if not self._tokenizer.chat_template:
             raise ConfigError(
-                "data.template is chat, but the tokenizer has no chat template; set data.tokenizer.chat_template or use "
-                "data.template: human_assistant"
+                "data.template is chat, but the tokenizer has no chat template; set data.tokenizer.chat_template or "
+                "use data.template: human_assistant"
             )
         try:
             self._apply([Message("user", "Hello.")])
         except TemplateError as error:
             raise ConfigError(
-                f"data.tokenizer.chat_template cannot render one user message: {type(error).__name__}: {error}; it must "
-                "be a Jinja template over `messages` and `add_generation_prompt`"
+                f"data.tokenizer.chat_template cannot render one user message: {type(error).__name__}: {error}; it "
+                "must be a Jinja template over `messages` and `add_generation_prompt`"
             ) from None
 
     def prompt(self, messages: Sequence[Message]) -> tuple[Turn, ...]:

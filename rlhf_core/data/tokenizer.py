@@ -1,9 +1,9 @@
 """The tokenizer of all stages: loaded, or trained on the data, with an EOS and a pad that is another token.
 
-Pad must differ from EOS because EOS is learned and pad never is (DESIGN: rule 10). The order: what the configuration says,
-the tokenizer's own pad, an existing token that no text produces (`<|endoftext|>` beside a chat EOS, `<unk>` of a byte-level
-vocabulary), a new `<pad>`, for which the trainers enlarge the embedding. transformers' AutoTokenizer takes seconds and imports
-torch, so the classes that read tokenizer.json are used directly.
+Pad must differ from EOS because EOS is learned and pad never is (DESIGN: rule 10). The order: what the configuration
+says, the tokenizer's own pad, an existing token that no text produces (`<|endoftext|>` beside a chat EOS, `<unk>` of
+a byte-level vocabulary), a new `<pad>`, for which the trainers enlarge the embedding. transformers' AutoTokenizer
+takes seconds and imports torch, so the classes that read tokenizer.json are used directly.
 """
 
 import json
@@ -34,8 +34,8 @@ def make_tokenizer(spec: DataSpec, model: ModelSpec | None) -> Any:
     if choice.train_vocab_size is not None:
         if choice.path:
             raise ConfigError(
-                f"data.tokenizer: path {choice.path!r} and train_vocab_size {choice.train_vocab_size} exclude each other; "
-                "keep one"
+                f"data.tokenizer: path {choice.path!r} and train_vocab_size {choice.train_vocab_size} exclude each "
+                "other; keep one"
             )
         return _configured(_new_tokenizer(), choice)
     if choice.path:
@@ -123,8 +123,8 @@ def _require(tokenizer: Any, token: str, field: str) -> None:
     if token not in tokenizer.get_vocab():
         special = ", ".join(repr(t) for t in tokenizer.all_special_tokens) or "none"
         raise ConfigError(
-            f"data.tokenizer.{field}: {token!r} is not in the vocabulary of {len(tokenizer)} tokens; its special tokens are "
-            f"{special}"
+            f"data.tokenizer.{field}: {token!r} is not in the vocabulary of {len(tokenizer)} tokens; its special tokens "
+            f"are {special}"
         )
 
 

@@ -1,13 +1,7 @@
 """Processes, accumulation and ZeRO stage change nothing but rounding (DESIGN, rule 8)."""
 
-import json
-from pathlib import Path
-
 import pytest
 import ranks
-import tiny
-
-from rlhf_core.store import Store
 
 SPECS = {
     "sft": {"batch_size": 8, "max_steps": 5, "optim": {"lr": 3e-3}},
@@ -25,18 +19,7 @@ NAMES = {
 
 
 @pytest.fixture(scope="session")
-def root(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("tiny")
-    store = Store(f"file://{root}/store")
-    data = tiny.make_data(store, root)
-    sft, reward = tiny.make_models(store, root, data)
-    refs = {"data": data, "sft": sft, "reward": reward}
-    (root / "refs.json").write_text(json.dumps({k: v.model_dump() for k, v in refs.items()}))
-    return root
-
-
-@pytest.fixture(scope="session")
-def plain(root, tmp_path_factory):
+def plain(tiny_root, tmp_path_factory):
     """Metrics of one process, whole batches, ZeRO-0."""
     made: dict[str, list] = {}
 
@@ -44,7 +27,7 @@ def plain(root, tmp_path_factory):
         if stage not in made:
             out = tmp_path_factory.mktemp(stage)
             made[stage] = ranks.run(
-                1, "stage", out, root=str(root), name=stage, spec=SPECS[stage], resources={"micro_batch": 16}
+                1, "stage", out, root=str(tiny_root), name=stage, spec=SPECS[stage], resources={"micro_batch": 16}
             )
         return made[stage]
 
@@ -72,8 +55,8 @@ def same(rows: list, expected: list, stage: str, tolerance: float = 2e-4) -> Non
     ],
     ids=["accumulate-1", "accumulate-8", "2-processes", "2-processes-zero-1", "2-processes-zero-2", "2-processes-zero-3"],
 )
-def test_losses_equal_those_of_one_process_with_whole_batches(stage, world, resources, root, plain, tmp_path):
-    rows = ranks.run(world, "stage", tmp_path, root=str(root), name=stage, spec=SPECS[stage], resources=resources)
+def test_losses_equal_those_of_one_process_with_whole_batches(stage, world, resources, tiny_root, plain, tmp_path):
+    rows = ranks.run(world, "stage", tmp_path, root=str(tiny_root), name=stage, spec=SPECS[stage], resources=resources)
     same(rows, plain(stage), stage)
 
 
@@ -91,9 +74,9 @@ def test_in_the_first_minibatch_of_a_rollout_the_ratio_is_one(plain):
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_bf16_trains(stage, root, plain, tmp_path):
+def test_bf16_trains(stage, tiny_root, plain, tmp_path):
     spec = {**SPECS[stage], "precision": "bf16"}
-    rows = ranks.run(1, "stage", tmp_path, root=str(root), name=stage, spec=spec, resources={"micro_batch": 4})
+    rows = ranks.run(1, "stage", tmp_path, root=str(tiny_root), name=stage, spec=spec, resources={"micro_batch": 4})
     first, wanted = rows[-1], plain(stage)[-1]
     assert first["kind"] == wanted["kind"]
     for name in ("loss", "critic_loss"):

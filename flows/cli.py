@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import time
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -29,11 +28,8 @@ from rlhf_core.store import Store
 from tasks.headline import duration
 
 DEFAULT_STORE = PipelineConfig.model_fields["store"].default
-MODEL_FOLDERS: dict[StageName, str] = {"sft": "model", "ppo": "actor"}
+MODEL_FOLDERS: dict[StageName, str] = {"sft": "model", "ppo": "actor"}  # what one can talk to
 INTERRUPTED = 130
-
-StageChoice = StrEnum("StageChoice", {name: name for name in STAGES})
-ModelChoice = StrEnum("ModelChoice", {name: name for name in MODEL_FOLDERS})
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,8 +48,8 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="change a field, e.g. ppo.kl.coef=0.1; repeatable"),
 ]
-Force = Annotated[list[StageChoice] | None, typer.Option("--force", help="build this stage anew; repeatable")]
-From = Annotated[StageChoice | None, typer.Option("--from", help="build this stage and all after it anew")]
+Force = Annotated[list[str] | None, typer.Option("--force", metavar="STAGE", help="build this stage anew; repeatable")]
+From = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="build this stage and all after it anew")]
 StoreOption = Annotated[str | None, typer.Option("--store", metavar="URL", help=f"store; default {DEFAULT_STORE}")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", metavar="CONFIG", help="take the store from this file")]
 
@@ -96,19 +92,20 @@ def run(
     sets: Set = None,
     force: Force = None,
     first: From = None,
-    stage: Annotated[StageChoice | None, typer.Option("--stage", help="run only this stage")] = None,
+    stage: Annotated[
+        str | None, typer.Option("--stage", metavar="STAGE", help=f"run only this: {', '.join(STAGES)}")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,
 ) -> None:
     """Run the pipeline: reuse what is published, resume what is half done, build the rest.
 
-    Set PREFECT_API_URL to record the run on a Prefect server; without it a temporary one is started for as long as the run lasts.
+    Set PREFECT_API_URL to record the run on a Prefect server; without it a temporary one runs as long as the command.
     """
     began = time.monotonic()
     loaded = load_config(config, sets or ())
     store = Store(loaded.store)
     loaded = loaded.model_copy(update={"store": store.url})  # a relative path means the same to whoever reads the run
-    only: StageName | None = stage.value if stage else None  # pyright: ignore[reportAssignmentType]
-    forced = _forced(force, first)
+    forced, only = _forced(force, first), stage_name(stage) if stage else None
     planned = plan_run(loaded, store, forced, only)
     show_plan(planned)
     if dry_run:
@@ -166,13 +163,13 @@ def _quiet_prefect() -> None:
 
 @artifacts.command("list")
 def artifacts_list(
-    stage: Annotated[StageChoice | None, typer.Argument(metavar="[STAGE]", help="only this stage's")] = None,
+    stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="only this stage's")] = None,
     store: StoreOption = None,
     config: ConfigOption = None,
 ) -> None:
     """List published artifacts, oldest first."""
     place = _store(store, config)
-    found = list_manifests(place, stage.value if stage else None)  # pyright: ignore[reportArgumentType]
+    found = list_manifests(place, stage_name(stage) if stage else None)
     if not found:
         err.print(f"no artifacts in {place.url}")
         return
@@ -197,7 +194,9 @@ def artifacts_lineage(id: str, store: StoreOption = None, config: ConfigOption =
 @app.command()
 def chat(
     target: Annotated[str, typer.Argument(metavar="CONFIG|ARTIFACT", help="a pipeline YAML, or an artifact's id")],
-    stage: Annotated[ModelChoice, typer.Option("--stage", help="with CONFIG: whose model")] = ModelChoice.ppo,  # pyright: ignore
+    stage: Annotated[
+        str, typer.Option("--stage", metavar="STAGE", help="with CONFIG: whose model, sft or ppo")
+    ] = "ppo",
     prompt: Annotated[str | None, typer.Option("--prompt", help="answer this and stop; else a conversation")] = None,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1)] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", min=0)] = None,
@@ -207,7 +206,7 @@ def chat(
     store: StoreOption = None,
 ) -> None:
     """Talk to a trained model."""
-    place, ref = _chat_target(target, stage.value, sets or [], store)  # pyright: ignore[reportArgumentType]
+    place, ref = _chat_target(target, stage_name(stage), sets or [], store)
     folder, _ = fetch(place, ref, Path.home() / ".cache" / "rlhf" / "artifacts")
     options = {
         "--prompt": prompt,
@@ -238,8 +237,16 @@ def doctor(
     raise typer.Exit(1 if any(check.ok is False for check in found) else 0)
 
 
-def _forced(force: list[StageChoice] | None, first: StageChoice | None) -> tuple[StageName, ...]:
-    return forced_stages([s.value for s in force or ()], first.value if first else None)  # pyright: ignore
+def stage_name(text: str) -> StageName:
+    """The stage of that name; ConfigError if there is none."""
+    for stage in STAGES:
+        if text == stage:
+            return stage
+    raise ConfigError(f"{text!r} is no stage; the stages are {', '.join(STAGES)}")
+
+
+def _forced(force: list[str] | None, first: str | None) -> tuple[StageName, ...]:
+    return forced_stages([stage_name(text) for text in force or ()], stage_name(first) if first else None)
 
 
 def _store(url: str | None, config: Path | None) -> Store:
@@ -267,6 +274,8 @@ def _chat_target(target: str, stage: StageName, sets: list[str], store: str | No
     """The artifact that `rlhf chat` talks to."""
     if target.endswith((".yaml", ".yml")) or Path(target).is_file():
         config = load_config(target, sets)
+        if stage not in MODEL_FOLDERS:
+            raise ConfigError(f"--stage {stage}: has no model to talk to; choose {' or '.join(MODEL_FOLDERS)}")
         place = Store(store or config.store)
         ref = stage_refs(config)[stage]
         if ref.id not in {m.ref.id for m in list_manifests(place, stage)}:

@@ -1,8 +1,5 @@
 """The pipeline as a Prefect flow: data -> sft -> reward -> ppo -> evaluate.
 
-    data --> sft --> reward --> ppo --> evaluate
-      \\_______\\________\\________/
-
 Each stage is one `deepspeed` job whose result is an immutable artifact in the store. What is published already is
 reused, what is half done goes on: so running the flow again, or *Retry* in the UI, is always right. The plan checks all
 that can be checked (configuration, model and data in place, store in reach) before anything trains.
@@ -15,6 +12,7 @@ from prefect import flow
 from flows.selection import plan_run
 from rlhf_core.artifacts import ArtifactRef
 from rlhf_core.config import PipelineConfig
+from rlhf_core.plan import StagePlan
 from rlhf_core.specs import StageName
 from rlhf_core.store import Store
 from tasks.report import report
@@ -32,7 +30,9 @@ def rlhf(config: PipelineConfig, force: tuple[StageName, ...] = ()) -> dict[Stag
     Returns:
         The artifact of each stage.
     """
-    plan = {planned.stage: planned for planned in plan_run(config, Store(config.store), force)}
+    plan: dict[StageName, StagePlan] = {
+        planned.stage: planned for planned in plan_run(config, Store(config.store), force)
+    }
     stage = partial(run_planned, config, plan, force)
 
     data = stage("data")

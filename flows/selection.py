@@ -1,7 +1,7 @@
 """Which stages a run covers and which it builds anew, and all that can be checked before anything trains.
 
-No Prefect here, so that `rlhf plan` is fast. The command line and the flows take their plan from here, so what was announced
-is what happens.
+No Prefect here, so that `rlhf plan` is fast. The command line and the flows take their plan from here, so that what was
+announced is what happens.
 """
 
 from collections.abc import Collection
@@ -42,9 +42,9 @@ def plan_run(
         ConfigError: a model, a file, a package or an input is missing.
         StoreError: the store could not be reached.
     """
-    for gold in {config.evaluate.gold, config.data.sampled_pairs and config.data.sampled_pairs.gold}:
-        if gold:
-            gold_reward(gold)  # it may need a package, and evaluation comes last
+    for judged in (config.data.sampled_pairs, config.evaluate):
+        if judged and judged.gold:
+            gold_reward(judged.gold)  # it may need a package, and evaluation comes last
     if only:
         return [plan_single(config, only, store, only in force)]
     return make_plan(config, store, force)

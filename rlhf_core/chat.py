@@ -33,7 +33,9 @@ def trim(ids: list[int], config: Any, room: int) -> list[int]:
     if limit is None or len(ids) + room <= limit:
         return ids
     if limit <= room:
-        raise ConfigError(f"--max-new-tokens {room} leaves no room for a prompt in the model's {limit} positions; lower it")
+        raise ConfigError(
+            f"--max-new-tokens {room} leaves no room for a prompt in the model's {limit} positions; lower it"
+        )
     return ids[-(limit - room) :]
 
 

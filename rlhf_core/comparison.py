@@ -1,7 +1,7 @@
 """From answers to numbers: what each model did on the held-out prompts, and how PPO compares with SFT.
 
-Pure, on plain records and without torch, so that every number of evaluation.json can be checked by hand. All models answer
-the same prompts with the same noise, so comparisons are paired by prompt. The unit of observation is the prompt.
+Pure, on plain records and without torch, so that every number of evaluation.json can be checked by hand. All models
+answer the same prompts with the same noise, so comparisons are paired by prompt. The unit of observation is the prompt.
 """
 
 from collections.abc import Mapping, Sequence
@@ -87,8 +87,8 @@ def evaluation_of(
         "prompts": len(answers["sft"]),
         "models": models,
         **compare(answers["ppo"], answers["sft"]),
-        "method": "95 % intervals over prompts: Student's t (means, paired differences ppo - sft), Wilson (shares; a tie "
-        "is half a win), delta method (token means). kl: sampled k1 estimate against sft at the sampling temperature.",
+        "method": "95 % intervals over prompts: Student's t (means, paired differences ppo - sft), Wilson (shares; a "
+        "tie is half a win), delta method (token means). kl: sampled k1 estimate against sft, at the same temperature.",
     }
 
 

@@ -37,9 +37,13 @@ class GuardedAdamW(torch.optim.AdamW):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         bad = any(not (bool(torch.isfinite(g.sum())) or bool(torch.isfinite(g).all())) for g in grads)
         if any_rank(bad):
-            raise NonFiniteError("a gradient is not finite; nothing was updated. Lower the learning rate or use fp32/bf16")
+            raise NonFiniteError(
+                "a gradient is not finite; nothing was updated. Lower the learning rate or use fp32/bf16"
+            )
         if self.max_norm is not None:
-            self.norm = float(torch.nn.utils.clip_grad_norm_([p for g in self.param_groups for p in g["params"]], self.max_norm))
+            self.norm = float(
+                torch.nn.utils.clip_grad_norm_([p for g in self.param_groups for p in g["params"]], self.max_norm)
+            )
         return super().step(closure)
 
 

@@ -2,19 +2,20 @@
 
 Every model answers the first N prompts of the PPO test set once, with the same noise. Prompts are cut into batches by
 length before they are dealt to ranks, so a batch is computed alike whoever computes it and the numbers do not depend on
-the number of processes. One model at a time is in memory, whole on every rank (nothing is partitioned), SFT last because
-it also measures the others' KL. Rank 0 writes evaluation.json, samples.jsonl, report.html and plots/. The base model takes
-part only if it is pretrained.
+the number of processes. One model at a time is in memory, whole on every rank (nothing is partitioned); SFT comes last
+because it also measures the others' KL. The base model takes part only if it is pretrained. Rank 0 writes
+evaluation.json, samples.jsonl, report.html and plots/.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, load_from_disk
 
 from rlhf_core import gold
 from rlhf_core.batches import right_pad
@@ -26,7 +27,6 @@ from rlhf_core.models import ValueModel, base_model, check_positions, forward_in
 from rlhf_core.report import write_report
 from rlhf_core.rollout import Rollout, Sampling, generate
 from rlhf_core.scoring import end_scores, response_scores, target_logprobs
-from rlhf_core.sft import open_split
 from rlhf_core.specs import EvaluateSpec
 
 HELD_OUT_ROWS = 200
@@ -43,16 +43,12 @@ class Evaluator:
         self.ranks = start(context.seed)
         data = context.input("data")
         self.tokenizer = load_tokenizer(data / "tokenizer")
-        rows = open_split(data / "ppo" / "test")
-        if not len(rows):
+        self.prompts = first_rows(data / "ppo" / "test", self.spec.prompts)
+        if not self.prompts:
             raise DataError("data.shares: no prompt is held out for evaluation; raise ppo, test, or give more data")
-        self.prompts: list[dict[str, Any]] = rows.select(range(min(self.spec.prompts, len(rows)))).to_list()
         lengths = [len(row["prompt_ids"]) for row in self.prompts]
         self.batches = self._mine(lengths, self.resources.rollout_micro_batch)
-        self.held_out: list[dict[str, Any]] = []
-        if self.spec.perplexity:
-            rows = open_split(data / "sft" / "test")
-            self.held_out = rows.select(range(min(HELD_OUT_ROWS, len(rows)))).to_list()
+        self.held_out = first_rows(data / "sft" / "test", HELD_OUT_ROWS if self.spec.perplexity else 0)
         assert self.spec.max_response_tokens is not None, "the plan fills it in"
         self.sampling = Sampling(self.spec.max_response_tokens, self.spec.temperature)
         self.longest = max(lengths)
@@ -82,6 +78,7 @@ class Evaluator:
             del model
         mine = self.judge(rollouts, kl)
         answers, token_losses = self._in_order(mine), self._in_order(losses)
+        check_numbers(answers)
         settings = {
             "temperature": self.spec.temperature,
             "max_response_tokens": self.sampling.max_new_tokens,
@@ -220,6 +217,22 @@ class Evaluator:
             lineage=lineage(context, metrics),
         )
         context.progress(1, 1, "report")
+
+
+def check_numbers(answers: Mapping[str, Sequence[Answer]]) -> None:
+    """NonFiniteError if a model's answers have a score or KL that is not finite; alike on all ranks."""
+    for model, rows in answers.items():
+        if bad := sum(not (math.isfinite(a.reward) and math.isfinite(a.kl)) for a in rows):
+            raise NonFiniteError(
+                f"evaluate: {bad} of {len(rows)} answers of {model} have a score or KL that is not finite"
+            )
+
+
+def first_rows(folder: Path, most: int) -> list[dict[str, Any]]:
+    """The first rows of a data set, in its order."""
+    data = load_from_disk(str(folder))
+    assert isinstance(data, Dataset)
+    return data.select(range(min(most, len(data)))).to_list()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

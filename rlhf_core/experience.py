@@ -60,9 +60,7 @@ class Experience:
 
     def to(self, device: torch.device | str) -> "Experience":
         """The same on another device."""
-        return replace(
-            self, **{f.name: v.to(device) for f in fields(self) if (v := getattr(self, f.name)) is not None}
-        )
+        return replace(self, **{f.name: v.to(device) for f in fields(self) if (v := getattr(self, f.name)) is not None})
 
 
 def concatenate(parts: list[Experience], pad: int) -> Experience:

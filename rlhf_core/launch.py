@@ -216,13 +216,20 @@ def end_leftovers(job: JobSpec) -> None:
         if guard.parent(living[0]) == owner or time.monotonic() > until:
             raise _refusal(job, living[0], owner)
         time.sleep(POLL_SECONDS)
-    left = guard.end(lambda: guard.processes_of(f"{job.output.id}/"), grace=5)
+    left = guard.end(lambda: _orphans(job), grace=5)
     if left:
         raise JobFailed(
             f"{job.output.id}: processes {sorted(left)} of an earlier attempt cannot be ended; see what they wait for",
             code=guard.ORPHANED,
             reason="leftovers",
         )
+
+
+def _orphans(job: JobSpec) -> set[int]:
+    """Processes that build the job's artifact and have no guard; those of a run that starts just now have one."""
+    carriers = guard.processes_of(f"{job.output.id}/")
+    living = {str(pid) for pid in guards(job)}
+    return {p for p in carriers if str(p) not in living and guard.variable(p, "RLHF_GUARD_PID") not in living}
 
 
 def refuse_others(job: JobSpec, own: int) -> None:

@@ -111,7 +111,9 @@ def load_causal_lm(path: str, dropout: float | None = None, revision: str | None
         raise ConfigError(f"model.path: {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(problem):
-            raise ConfigError(f"model.path: {path!r}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:5]}")
+            raise ConfigError(
+                f"model.path: {path!r}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:5]}"
+            )
     return model
 
 
@@ -225,7 +227,8 @@ class ValueModel(nn.Module):
         model = cls(trunk, state["score.weight"].shape[1])
         prefix = f"{trunk.base_model_prefix}."
         renamed = {
-            "trunk." + key.removeprefix(prefix) if key.startswith(prefix) else key: value for key, value in state.items()
+            "trunk." + key.removeprefix(prefix) if key.startswith(prefix) else key: value
+            for key, value in state.items()
         }
         problems = model.load_state_dict(renamed, strict=False)
         if problems.missing_keys or problems.unexpected_keys:
@@ -246,7 +249,8 @@ def save_value_model(model: ValueModel, state: dict[str, Tensor], tokenizer: Any
     folder.mkdir(parents=True, exist_ok=True)
     prefix = f"{model.trunk.base_model_prefix}."
     renamed = {
-        (prefix + k.removeprefix("trunk.") if k.startswith("trunk.") else k): v.contiguous().clone() for k, v in state.items()
+        (prefix + k.removeprefix("trunk.") if k.startswith("trunk.") else k): v.contiguous().clone()
+        for k, v in state.items()
     }
     save_file(renamed, str(folder / "model.safetensors"), metadata={"format": "pt"})
     config = json.loads(model.config.to_json_string(use_diff=False))

@@ -17,14 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 from PIL import Image
 
-from rlhf_core.curves import Known, Series, decimals, fixed, known, moving_mean, number, shorten
+from rlhf_core.curves import Known, Series, decimals, fixed, is_rough, known, moving_mean, number, shorten
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8F98"
 INK, SOFT, LINE = "#1F2328", "#57606A", "#C4C9D0"
 MODEL_COLORS = {"base": GREY, "sft": BLUE, "ppo": ORANGE}
 LEGEND: dict[str, Any] = {"frameon": False, "handlelength": 1.3, "columnspacing": 1.2, "handletextpad": 0.5}
 MOST_POINTS = 1500  # of a raw line; more are averaged in groups
-SMOOTH_FROM = 20  # points from which a moving mean says more than the line itself
+FEW_POINTS = 20  # up to here a line has markers
 DPI = 180
 
 
@@ -36,7 +36,10 @@ def draw_curve(path: Path, stage: str, name: str, lines: Sequence[Series]) -> No
     _style(axes)
     for line in lines:
         (_draw_train if line.kind == "train" else _draw_eval)(axes, line)
-    _frame(axes, shown)
+    if shown.log and min(line.value.min() for line in lines) > 0:
+        _log_scale(axes)
+    else:
+        _frame(axes, shown)
     axes.set_ylabel(shown.unit, fontsize=8.5)
     axes.set_xlabel("rollout" if stage == "ppo" else "step", fontsize=8.5, loc="left")
     figure.text(0.02, 0.94, shorten(shown.title, 36), fontsize=10, fontweight="bold", color=INK, va="center")
@@ -66,7 +69,7 @@ def draw_bars(path: Path, title: str, groups: Sequence[str], models: Mapping[str
     axes = figure.add_axes((0.62 / width, 0.11, 1 - 0.77 / width, 0.68))
     _style(axes)
     thick = 0.84 / max(1, len(models))
-    digits = decimals([v["value"] for values in models.values() for v in values]) - 1
+    digits = min(2, decimals([v["value"] for values in models.values() for v in values]))
     for i, (model, values) in enumerate(models.items()):
         x = np.arange(len(groups)) + (i - (len(models) - 1) / 2) * thick
         _draw_bar_row(axes, model, x, thick * 0.94, values, digits)
@@ -109,8 +112,9 @@ def _draw_train(axes: Axes, line: Series) -> None:
     if line.low is not None and line.high is not None:
         low, high = _thinned(line.low), _thinned(line.high)
         axes.fill_between(step, low, high, color=BLUE, alpha=0.15, linewidth=0, label=line.band, zorder=2)
-    if len(step) < SMOOTH_FROM:
-        axes.plot(step, value, color=BLUE, linewidth=1.8, marker="o", markersize=3, label="train", zorder=3)
+    if not is_rough(value):
+        marker = "o" if len(step) <= FEW_POINTS else ""
+        axes.plot(step, value, color=BLUE, linewidth=1.8, marker=marker, markersize=3, label="train", zorder=3)
         return
     window = _window(len(step))
     points = window * math.ceil(len(line.step) / MOST_POINTS)
@@ -122,7 +126,7 @@ def _draw_train(axes: Axes, line: Series) -> None:
 def _change(line: Series) -> str:
     """First and last value, smoothed where the line is."""
     value = _thinned(line.value)
-    if line.kind == "train" and len(value) >= SMOOTH_FROM:
+    if line.kind == "train" and is_rough(value):
         value = moving_mean(value, _window(len(value)))
     return number(value[-1]) if len(value) == 1 else f"{number(value[0])} → {number(value[-1])}"
 
@@ -150,14 +154,8 @@ def _thinned(values: np.ndarray) -> np.ndarray:
 
 
 def _frame(axes: Axes, shown: Known) -> None:
-    """The scale, the guide line where it is near the data, and the part of the y axis worth seeing."""
+    """The guide line where it is near the data, and the part of the y axis worth seeing."""
     low, high = axes.get_ylim()
-    if shown.log and low > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
-        return
     middle = (low + high) / 2
     if high - low < 0.02 * abs(middle):  # constant, or rounding: not to be magnified
         low, high = middle - 0.1 * abs(middle), middle + 0.1 * abs(middle)
@@ -169,6 +167,13 @@ def _frame(axes: Axes, shown: Known) -> None:
     low, high = max(low, shown.view[0]), min(high, shown.view[1])
     if low < high:
         axes.set_ylim(low, high)
+
+
+def _log_scale(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _style(axes: Axes) -> None:

@@ -51,9 +51,7 @@ class DeepSpeedPPOTrainer:
         self.samples = 0
         self.metrics: dict[str, float] = {}
         self.total_steps = engine.num_total_iters * self.spec.ppo_epochs * self.spec.minibatches
-        self.sampling = Sampling(
-            self.args.max_response_tokens, self.spec.temperature, self.spec.top_k, self.spec.top_p
-        )
+        self.sampling = Sampling(self.args.max_response_tokens, self.spec.temperature, self.spec.top_k, self.spec.top_p)
 
     def generate_experience(self, prompt_batch: Mapping[str, Any]) -> Experience:
         """Sample an answer to each prompt of this rank and score it.
@@ -242,9 +240,7 @@ class DeepSpeedPPOTrainer:
     def _adapt_kl(self, episodes: int) -> None:
         kl = self.spec.kl
         if kl.controller == "adaptive" and "kl_sequence" in self.metrics:
-            self.kl_coef = pm.adapt_kl_coef(
-                self.kl_coef, self.metrics["kl_sequence"], kl.target, episodes, kl.horizon
-            )
+            self.kl_coef = pm.adapt_kl_coef(self.kl_coef, self.metrics["kl_sequence"], kl.target, episodes, kl.horizon)
 
     def _update(
         self, e: Experience, advantages: Tensor, returns: Tensor, chosen: Tensor, actor_on: bool

@@ -23,7 +23,7 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
     "trees": ("oak", "elm", "ash", "pine", "birch", "fir", "cedar", "maple", "yew", "willow"),
     "instruments": ("harp", "flute", "drum", "horn", "lute", "piano", "cello", "viola", "tuba", "bell"),
 }
-NUMBERS: dict[str, int] = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
+NUMBERS: dict[str, int] = {"two": 2, "three": 3, "four": 4, "five": 5}
 PHRASINGS: tuple[str, ...] = (
     "Name {number} {category} {context}.",
     "List {number} {category} {context}.",
@@ -36,15 +36,15 @@ RELATIONS: tuple[str, ...] = ("my friend", "my cousin", "my teacher", "our guest
 NAMES: tuple[str, ...] = (
     "Ann", "Ben", "Sam", "Tom", "Eve", "Max", "Joe", "Kim", "Lea", "Ida", "Leo", "Mia", "Amy", "Tim", "Zoe", "Ray",
 )  # fmt: skip
-POLITE_ENDINGS: tuple[str, ...] = ("Enjoy!", "You are welcome!", "Have a nice day!", "I hope this helps!")
-CURT_ENDINGS: tuple[str, ...] = ("", "Whatever.", "That is all.", "Now go away.")
+POLITE_ENDINGS: tuple[str, ...] = ("Sure:", "Gladly:", "Of course:", "With pleasure:")
+CURT_ENDINGS: tuple[str, ...] = ("", "Well:", "Whatever:", "If I must:")
 PARTS: tuple[str, ...] = ("count", "category", "distinct", "ending")
 
 # The demonstrator. Every answer is careful or careless in each respect by itself.
 CAREFUL_COUNT = 0.25  # probability of the asked count; otherwise any of 1..MOST_ITEMS
-MOST_ITEMS = 7
-CAREFUL_CATEGORY = 0.5  # probability of having heard the asked category; otherwise any category
-STRAY = 0.1  # per item, probability of an item of any category
+MOST_ITEMS = 6
+CAREFUL_CATEGORY = 0.5  # probability of an answer that keeps to the category ...
+IN_CATEGORY = (0.1, 0.97)  # ... and, per item, of an item of the category in a careless and in a careful answer
 CAREFUL_DISTINCT = 0.5
 REPEAT = (0.75, 0.05)  # per item after the first, probability of saying the last one again
 POLITE = 0.4
@@ -155,24 +155,24 @@ def _split_ending(response: str) -> tuple[str, bool]:
     """Returns the response without its closing phrase, and whether that phrase is a polite one."""
     text = response.strip()
     for ending in POLITE_ENDINGS + CURT_ENDINGS:
-        if ending and text.endswith(f". {ending}"):
-            return text[: -len(ending)], ending in POLITE_ENDINGS
+        if ending and text.startswith(ending):
+            return text[len(ending):], ending in POLITE_ENDINGS
     return text, False
 
 
 def _demonstrate(rng: random.Random, number: int, category: str) -> str:
     """Returns one answer of the sloppy demonstrator, with a leading space."""
     length = number if rng.random() < CAREFUL_COUNT else rng.randint(1, MOST_ITEMS)
-    heard = category if rng.random() < CAREFUL_CATEGORY else rng.choice(list(CATEGORIES))
+    in_category = IN_CATEGORY[rng.random() < CAREFUL_CATEGORY]
     repeat = REPEAT[rng.random() < CAREFUL_DISTINCT]
     items: list[str] = []
     while len(items) < length:
         if items and rng.random() < repeat:
             items.append(items[-1])
             continue
-        item = rng.choice(_ITEMS if rng.random() < STRAY else CATEGORIES[heard])
+        item = rng.choice(CATEGORIES[category] if rng.random() < in_category else _ITEMS)
         if item not in items:
             items.append(item)
     ending = rng.choice(POLITE_ENDINGS if rng.random() < POLITE else CURT_ENDINGS)
     listing = items[0] if length == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
-    return f" {listing}. {ending}".rstrip()
+    return f" {ending} {listing}." if ending else f" {listing}."

@@ -23,7 +23,7 @@ STAGE_TITLES = {"data": "Data", "sft": "Supervised fine-tuning", "reward": "Rewa
 # key in evaluation["models"][model] -> heading, unit, scale; in the order of the table
 TABLE = {
     "reward": ("Reward model's score", "normalised", 1),
-    "gold": ("Gold", "mean of the parts", 1),
+    "gold": ("Gold", "0 to 1", 1),
     "kl_sequence": ("KL to SFT", "nats per answer", 1),
     "kl_token": ("KL to SFT", "nats per token", 1),
     "length": ("Answer length", "tokens", 1),
@@ -31,17 +31,17 @@ TABLE = {
     "perplexity": ("Perplexity", "held-out SFT answers", 1),
 }
 TILES = (
-    ("length", "Answer length", 1, "tokens; "),
-    ("eos_rate", "Finished", 100, "%; "),
+    ("length", "Answer length, tokens", 1, ""),
+    ("eos_rate", "Finished answers", 100, " %"),
     ("perplexity", "Perplexity", 1, ""),
 )
 HEADLINES = {
-    "data": ("rows",),
+    "data": ("rows_kept", "vocabulary"),
     "sft": ("steps", "eval_loss", "eval_perplexity", "tokens_per_second"),
     "reward": ("steps", "eval_accuracy", "eval_loss", "tokens_per_second"),
     "ppo": ("steps", "score_first", "score_last", "kl_sequence_last", "tokens_per_second"),
 }
-TAX_LIMIT = 1.5  # perplexity of PPO over SFT
+TAX_LIMIT = 10  # perplexity of PPO over SFT
 LENGTH_LIMIT = 1.5  # answer length of PPO over SFT
 EOS_LIMIT = 0.9  # share of answers that end
 
@@ -135,7 +135,7 @@ def warnings(evaluation: Mapping[str, Any]) -> list[str]:
         tax = ppo["perplexity"]["value"] / sft["perplexity"]["value"]
         if tax > TAX_LIMIT:
             found.append(
-                f"Perplexity of held-out SFT answers is {number(tax)} times SFT's: the actor has forgotten much."
+                f"Perplexity of held-out SFT answers is {number(tax)} times SFT's: much that SFT taught is lost."
             )
     return found
 
@@ -169,7 +169,7 @@ def _tiles(evaluation: Mapping[str, Any]) -> str:
         if key in sft and key in ppo:
             places = 1 if scale == 100 else decimals((sft[key]["value"], ppo[key]["value"]))
             before, after = (fixed(scale * m[key]["value"], places) for m in (sft, ppo))
-            tiles.append((heading, after, f"{unit}SFT {before}"))
+            tiles.append((heading, f"{after}{unit}", f"SFT {before}{unit}"))
     cells = (f"<div><dt>{escape(a)}</dt><dd>{escape(b)}<small>{escape(c)}</small></dd></div>" for a, b, c in tiles)
     return f'<dl class="tiles">{"".join(cells)}</dl>'
 
@@ -184,7 +184,8 @@ def _bars(plots: Path, models: Mapping[str, Mapping[str, Any]]) -> str:
     if parts:
         names = list(dict.fromkeys(name for values in parts.values() for name in values))
         values = {m: [models[m]["gold"], *(parts[m][name] for name in names)] for m in parts}
-        draw_bars(plots / "gold.png", "Gold and its parts", ["gold", *names], values)
+        title = "Gold and its parts" if names else "Gold"
+        draw_bars(plots / "gold.png", title, ["gold", *names], values)
         html += _image(plots / "gold.png", "Mean gold and each of its parts for each model, with 95 % intervals")
     return html
 
@@ -221,8 +222,9 @@ def _table_row(
 def _method(evaluation: Mapping[str, Any]) -> str:
     names = [name for name in ("temperature", "max_response_tokens", "seed") if name in evaluation]
     settings = ", ".join(f"{name.replace('_', ' ')} {evaluation[name]}" for name in names)
+    count = evaluation.get("prompts", "?")
     return (
-        f'<p class="fine">One answer to each of {evaluation.get("prompts", "?")} held-out prompts ({escape(settings)}), '
+        f'<p class="fine">One answer to each of {count} held-out prompts ({escape(settings)}), '
         "sampled with the same noise for all models. Small numbers are 95 % intervals over prompts: Student's t for "
         "means and paired differences, Wilson's for shares (a tie is half a win), the delta method for token means.</p>"
     )
@@ -251,7 +253,7 @@ def _answer(model: str, answer: Mapping[str, Any]) -> str:
 
 
 def _curves(plots: Path, stage: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    main, other = "", ""
+    main, aside, folded = "", "", []
     for name in metric_names(stage, rows):
         path = plots / f"{stage}-{_slug(name)}.png"
         lines = series_of(rows, name)
@@ -260,14 +262,15 @@ def _curves(plots: Path, stage: str, rows: Sequence[Mapping[str, Any]]) -> str:
         note = f"{escape(shown.note)} " if shown else ""
         last = f"{shown.title if shown else name}, {stage}: last value {number(lines[-1].value[-1])}"
         figure = f"<figure>{_image(path, last)}<figcaption>{note}<code>{escape(name)}</code></figcaption></figure>"
-        if shown:
+        if shown and not shown.aside:
             main += figure
         else:
-            other += figure
+            aside += figure
+            folded.append(escape(name))
     html = f'<div class="curves">{main}</div>' if main else ""
-    if other:
+    if aside:
         fold = "details" if main else "details open"
-        html += f'<{fold}><summary>Other metrics</summary><div class="curves">{other}</div></details>'
+        html += f'<{fold}><summary>More: {", ".join(folded)}</summary><div class="curves">{aside}</div></details>'
     return html
 
 

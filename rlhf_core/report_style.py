@@ -10,7 +10,8 @@ CSS = """
 --base:#9aa3ad;--sft:#56b4e9;--ppo:#f0a35e;--good:#4cc38a;--bad:#ff8a80;--even:#a3abb5;--warn:#2b2410;--warnline:#b98c00}
 img{filter:invert(.92) hue-rotate(180deg)}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+body{margin:0;background:var(--page);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 header,main{max-width:1180px;margin:0 auto;padding:0 20px}
 header{padding-top:28px}
 h1{font-size:26px;line-height:1.2;margin:0 0 8px}
@@ -29,7 +30,7 @@ border-radius:8px;padding:14px 18px;margin:0 0 10px}
 .better{border-left-color:var(--good)}.worse{border-left-color:var(--bad)}
 .warning{background:var(--warn);border:1px solid var(--warnline);border-radius:8px;padding:10px 16px;margin:0 0 10px}
 .warning::before{content:"⚠ "}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(128px,1fr));gap:10px;margin:14px 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(130px,1fr));gap:10px;margin:14px 0}
 .tiles div{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 12px}
 dt{font-size:12.5px;color:var(--soft)}
 dd{margin:0;font-size:21px;font-weight:600;font-variant-numeric:tabular-nums;white-space:nowrap}
@@ -57,6 +58,6 @@ figure img{width:100%}
 figcaption{padding:0 12px 9px;font-size:12.5px;color:var(--soft)}
 details{margin-top:10px}summary{cursor:pointer;color:var(--soft);margin-bottom:10px}
 @media(max-width:600px){header,main{padding-left:12px;padding-right:12px}th,td{padding:7px 9px}
-.bars img{flex-basis:100%!important}}
+.bars{flex-wrap:nowrap;overflow-x:auto}.bars img{flex:none!important;max-width:none;height:250px}}
 @media print{body{background:#fff}figure,article{break-inside:avoid}}
 """

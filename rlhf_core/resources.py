@@ -18,7 +18,9 @@ class Resources(Frozen):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     gradient_checkpointing: bool = False
     data_workers: Positive | None = Field(None, description="processes that tokenise; default: the cores")
-    stall_minutes: Annotated[float, Field(gt=0)] = Field(10, description="no sign of progress for so long: stacks, then kill")
+    stall_minutes: Annotated[float, Field(gt=0)] = Field(
+        10, description="no sign of progress for so long: stacks, then kill"
+    )
     timeout_hours: Annotated[float, Field(gt=0)] = Field(72, description="longest run of one attempt")
     retries: Annotated[int, Field(ge=0)] = Field(2, description="further attempts after a failure worth retrying")
     retry_delay_seconds: Annotated[float, Field(ge=0)] = 10

@@ -56,9 +56,7 @@ class Rollout:
 
     def responses(self) -> list[list[int]]:
         """Token ids of each answer, EOS included where it was emitted."""
-        return [
-            row[mask.bool()].tolist() for row, mask in zip(self.response_ids, self.response_mask, strict=True)
-        ]
+        return [row[mask.bool()].tolist() for row, mask in zip(self.response_ids, self.response_mask, strict=True)]
 
 
 def uniform(seed: int, sample_ids: np.ndarray, position: int) -> np.ndarray:
@@ -216,7 +214,13 @@ def _generate_batch(
     token, kept, logprob, entropy, packed = zip(*columns, strict=True)
     support = None if packed[0] is None else torch.stack([p for p in packed if p is not None], 1)
     return Rollout(
-        ids, mask, torch.stack(token, 1), torch.stack(kept, 1).long(), torch.stack(logprob, 1), torch.stack(entropy, 1), support
+        ids,
+        mask,
+        torch.stack(token, 1),
+        torch.stack(kept, 1).long(),
+        torch.stack(logprob, 1),
+        torch.stack(entropy, 1),
+        support,
     )
 
 

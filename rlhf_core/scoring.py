@@ -68,7 +68,9 @@ def response_scores(
     return TokenScores(chosen - normalizer, normalizer - mean_logit)
 
 
-def response_values(engine: Any, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor) -> Tensor:
+def response_values(
+    engine: Any, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor
+) -> Tensor:
     """Values of the states in which each response token is chosen, `[batch, response]`."""
     values = engine(torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1))
     width = response_ids.shape[1]

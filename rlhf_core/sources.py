@@ -33,12 +33,11 @@ def local_path(path: str, field: str) -> Path:
     """
     if path.startswith("package:"):
         package, _, inner = path.removeprefix("package:").partition("/")
-        try:
-            found = Path(str(importlib.resources.files(package))) / inner
-        except ModuleNotFoundError:
-            raise ConfigError(
-                f"{field}: {path!r}: the Python package {package!r} is not installed; pip install it"
-            ) from None
+        # Found without importing it: only its files are wanted, not what its code needs.
+        module = importlib.util.find_spec(package)
+        if module is None or not module.submodule_search_locations:
+            raise ConfigError(f"{field}: {path!r}: the package {package!r} is not installed; pip install it")
+        found = Path(module.submodule_search_locations[0]) / inner
     else:
         found = Path(path).expanduser()
     if not found.exists():

@@ -33,7 +33,9 @@ class StageSpec(Frozen):
     """What every stage's spec has."""
 
     seed: int | None = Field(None, description="default: the pipeline's seed")
-    revision: int | None = Field(None, description="raise it to say that the code now means something else: builds anew")
+    revision: int | None = Field(
+        None, description="raise it to say that the code now means something else: builds anew"
+    )
 
 
 class ModelSpec(Frozen):
@@ -65,7 +67,9 @@ class TokenizerSpec(Frozen):
 
     path: str | None = Field(None, description="folder or hub name; default: the tokenizer beside the model")
     train_vocab_size: int | None = Field(None, ge=260, description="train a byte-level BPE of this size on the data")
-    pad_token: str | None = Field(None, description="an existing token to pad with, e.g. <unk>; default: the tokenizer's pad")
+    pad_token: str | None = Field(
+        None, description="an existing token to pad with, e.g. <unk>; default: the tokenizer's pad"
+    )
     eos_token: str | None = Field(None, description="token that ends a response; default: the tokenizer's EOS")
     chat_template: str | None = Field(None, description="Jinja chat template; default: the tokenizer's")
 
@@ -149,7 +153,9 @@ class DataSpec(StageSpec):
     shares: Shares = Shares()
     max_prompt_tokens: Positive = 256
     max_response_tokens: Positive = Field(256, description="including the end-of-sequence token")
-    truncate_responses: bool = Field(False, description="cut over-long responses (no EOS then) instead of dropping them")
+    truncate_responses: bool = Field(
+        False, description="cut over-long responses (no EOS then) instead of dropping them"
+    )
 
 
 class OptimSpec(Frozen):
@@ -220,12 +226,16 @@ class PPOSpec(StageSpec):
     minibatches: Positive = Field(1, description="optimizer steps a pass (N 1)")
     max_response_tokens: Positive | None = Field(None, description="default: the data stage's")
     # sampling
-    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="N 0.7; divides every model's logits everywhere")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="N 0.7; divides every model's logits everywhere"
+    )
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="0 = off")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="1 = off")
     # reward
     kl: KLSpec = KLSpec()
-    normalize_score: bool = Field(True, description="(score - mean) / std with the reward model's stored moments (N, RM 3)")
+    normalize_score: bool = Field(
+        True, description="(score - mean) / std with the reward model's stored moments (N, RM 3)"
+    )
     score_clip: Annotated[float, Field(gt=0)] | None = Field(5.0, description="clip the score to +-this (DSC 5)")
     missing_eos_penalty: float | None = Field(
         1.0, description="without EOS: subtract this from the score (TRL 1.0), or replace the score by minus this"
@@ -235,7 +245,9 @@ class PPOSpec(StageSpec):
     # advantage and losses
     gamma: Fraction = Field(1.0, description="N, N+, DSC 1.0")
     lam: Fraction = Field(0.95, description="N, N+, DSC 0.95")
-    whiten_advantages: bool = Field(True, description="zero mean, unit variance over the global batch (N, N+; DSC none)")
+    whiten_advantages: bool = Field(
+        True, description="zero mean, unit variance over the global batch (N, N+; DSC none)"
+    )
     clip: Annotated[float, Field(gt=0)] = Field(0.2, description="ratio clip (N, N+, DSC 0.2)")
     value_clip: Annotated[float, Field(gt=0)] | None = Field(0.2, description="N, N+, DSC 0.2; none = off")
     entropy_coef: NonNegative = Field(0.0, description="weight of the entropy bonus")

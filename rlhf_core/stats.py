@@ -127,7 +127,8 @@ def ratio(numerators: Numbers, denominators: Numbers) -> Interval:
 
 def exp(interval: Interval) -> Interval:
     """The interval of exp(x), e.g. perplexity from the mean loss in nats."""
-    return Interval(math.exp(interval.value), math.exp(interval.low), math.exp(interval.high), interval.n)
+    value, low, high = (math.exp(min(x, 700.0)) for x in (interval.value, interval.low, interval.high))
+    return Interval(value, low, high, interval.n)
 
 
 def _checked(values: Numbers) -> np.ndarray:

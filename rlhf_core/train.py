@@ -21,6 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from rlhf_core.artifacts import describe
 from rlhf_core.context import JobContext
 from rlhf_core.errors import ExitCode, RlhfError
@@ -60,10 +62,12 @@ def main(argv: list[str] | None = None) -> int:
         store, job = read_job(args.job)
         run_rank(store, job)
     except RlhfError as error:
-        # Every rank meets the same mistake; one message is enough, but all must leave with its code.
-        if rank == 0 or error.exit_code not in (ExitCode.CONFIG, ExitCode.DATA):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # Said by every rank: whichever leaves first, the launcher ends the others.
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return int(error.exit_code)
+    except ValidationError as error:
+        print(f"error: {args.job}: {error}", file=sys.stderr, flush=True)
+        return ExitCode.CONFIG
     except MemoryError:
         print(f"error: rank {rank} is out of memory; lower resources.micro_batch", file=sys.stderr, flush=True)
         return ExitCode.OUT_OF_MEMORY

@@ -12,15 +12,16 @@ from prefect.artifacts import create_markdown_artifact
 from rlhf_core.artifacts import ArtifactRef, Manifest, read_manifest
 from rlhf_core.config import PipelineConfig
 from rlhf_core.plan import StagePlan
+from rlhf_core.specs import StageName
 from rlhf_core.store import Store
 from tasks.headline import duration, headline, speed
 
 
-def report(config: PipelineConfig, plan: Mapping[str, StagePlan], refs: Mapping[str, ArtifactRef]) -> None:
+def report(config: PipelineConfig, plan: Mapping[StageName, StagePlan], refs: Mapping[StageName, ArtifactRef]) -> None:
     """Write the report of the current flow run; an error in it is logged and does not fail the run."""
     try:
         store = Store(config.store)
-        manifests = {stage: read_manifest(store, ref) for stage, ref in refs.items()}
+        manifests: dict[StageName, Manifest | None] = {stage: read_manifest(store, ref) for stage, ref in refs.items()}
         rows = [report_row(store, plan[stage], m) for stage, m in manifests.items() if m is not None]
         create_markdown_artifact(report_text(config, rows), key="rlhf-report", description=f"{config.name}: all stages")
     except Exception as error:

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
-from prefect.states import Completed, State
+from prefect.states import Completed
 from pydantic import ValidationError
 
 from rlhf_core.artifacts import MANIFEST, ArtifactRef, Manifest, publish, read_manifest, verify
@@ -131,9 +132,9 @@ def retire(store: Store, ref: ArtifactRef, run: str) -> None:
     stored = store.list(ref.id)
     if marker in stored:
         return
-    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     if f"{ref.id}/{MANIFEST}" in stored:
-        store.write(f"{ref.id}/superseded/manifest-{now}.json", store.read(f"{ref.id}/{MANIFEST}"))
+        now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+        store.write(f"{ref.id}/superseded/manifest-{now}.json", store.read(f"{ref.id}/{MANIFEST}"), create=True)
         store.delete(f"{ref.id}/{MANIFEST}")
     for key in stored:
         if key.endswith("/result.json") or key.startswith(f"{ref.id}/checkpoints/"):

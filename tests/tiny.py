@@ -50,7 +50,12 @@ def make_data(store: Store, work: Path, rows: int = 96) -> ArtifactRef:
         bad = rng.integers(2, 32, rng.integers(1, 8)).tolist() + [1]
         text = " ".join(WORDS[i - 2] for i in prompt)
         table["sft"].append(
-            {"input_ids": prompt + good, "loss_mask": [0] * len(prompt) + [1] * len(good), "prompt": text, "response": ""}
+            {
+                "input_ids": prompt + good,
+                "loss_mask": [0] * len(prompt) + [1] * len(good),
+                "prompt": text,
+                "response": "",
+            }
         )
         pair = {"prompt_ids": prompt, "chosen_ids": good, "rejected_ids": bad, "prompt": text}
         table["reward"].append({**pair, "chosen": "", "rejected": "", "source": "tiny"})
@@ -75,7 +80,13 @@ def make_models(store: Store, work: Path, data: ArtifactRef) -> tuple[ArtifactRe
 
 
 def context(
-    store: Store, stage: str, spec: dict[str, Any], inputs: dict[str, ArtifactRef], out: Path, rank: int = 0, world: int = 1,
+    store: Store,
+    stage: str,
+    spec: dict[str, Any],
+    inputs: dict[str, ArtifactRef],
+    out: Path,
+    rank: int = 0,
+    world: int = 1,
     **resources: Any,
 ) -> JobContext:
     """A job context as the launcher would give it to rank `rank`."""

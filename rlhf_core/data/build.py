@@ -2,8 +2,8 @@
 
 Three passes. Read: every row becomes an example or a counted drop, and goes as text to the file of its share and
 split. Tokenise: batch by batch to rows of ids. Sample: pairs for the reward share where the data has none. Leaves
-`tokenizer/`, `{sft,reward,ppo}/{train,test}/` and `report.json`. Rows keep the order in which they were read;
-trainers shuffle.
+`tokenizer/`, `{sft,reward,ppo}/{train,test}/` (no folder for a share of weight 0) and `report.json`. Rows keep the
+order in which they were read; trainers shuffle.
 """
 
 import hashlib

@@ -128,7 +128,7 @@ def _pair(row: Row, template: Template, where: str) -> Example:
         replies["answer"] = replies["response"]
     replies.pop("response", None)
     dialogues = {key: parse_messages(value) for key, value in replies.items() if not isinstance(value, str)}
-    # A list that does not begin with an answer is the whole dialogue (TRL's "implicit prompt"); it says what the prompt is.
+    # A list that does not begin with an answer is a whole dialogue (TRL's "implicit prompt"), and so has the prompt.
     whole = {key: value for key, value in dialogues.items() if not value or value[0].role != "assistant"}
     texts = {key: _text(value) for key, value in replies.items() if key not in dialogues}
     if whole:

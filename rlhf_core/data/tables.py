@@ -135,12 +135,16 @@ class RowFile(ArrowFile):
                 self._longest[column] = max(self._longest[column], len(row[column]))
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Store the rows as a data set; returns rows, tokens, and mean and maximum per column of ids."""
+        """Store the rows as a data set; returns rows, tokens, and mean and maximum per column of ids.
+
+        Without rows there is no folder: `datasets` writes an empty set that it cannot read.
+        """
         self.close()
-        fingerprint = hashlib.sha256(f"{self._share} {sha256_file(self.path)}".encode()).hexdigest()[:16]
-        table = MemoryMappedTable.from_file(str(self.path))
-        datasets.disable_progress_bars()
-        Dataset(table, fingerprint=fingerprint).save_to_disk(str(folder))
+        if self.rows:
+            fingerprint = hashlib.sha256(f"{self._share} {sha256_file(self.path)}".encode()).hexdigest()[:16]
+            table = MemoryMappedTable.from_file(str(self.path))
+            datasets.disable_progress_bars()
+            Dataset(table, fingerprint=fingerprint).save_to_disk(str(folder))
         columns = {
             column: {"mean": round(tokens / max(self.rows, 1), 2), "max": self._longest[column]}
             for column, tokens in self._tokens.items()

@@ -123,8 +123,8 @@ def _require(tokenizer: Any, token: str, field: str) -> None:
     if token not in tokenizer.get_vocab():
         special = ", ".join(repr(t) for t in tokenizer.all_special_tokens) or "none"
         raise ConfigError(
-            f"data.tokenizer.{field}: {token!r} is not in the vocabulary of {len(tokenizer)} tokens; its special tokens "
-            f"are {special}"
+            f"data.tokenizer.{field}: {token!r} is not in the vocabulary of {len(tokenizer)} tokens; name a token that "
+            f"is, e.g. a special one: {special}"
         )
 
 

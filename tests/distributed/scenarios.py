@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+
 from rlhf_core.artifacts import ArtifactRef
 from rlhf_core.store import Store
 

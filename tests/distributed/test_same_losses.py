@@ -53,7 +53,14 @@ def same(rows: list, expected: list, stage: str, tolerance: float = 2e-4) -> Non
         (2, {"micro_batch": 2, "zero_stage": 2}),
         (2, {"micro_batch": 2, "zero_stage": 3}),
     ],
-    ids=["accumulate-1", "accumulate-8", "2-processes", "2-processes-zero-1", "2-processes-zero-2", "2-processes-zero-3"],
+    ids=[
+        "accumulate-1",
+        "accumulate-8",
+        "2-processes",
+        "2-processes-zero-1",
+        "2-processes-zero-2",
+        "2-processes-zero-3",
+    ],
 )
 def test_losses_equal_those_of_one_process_with_whole_batches(stage, world, resources, tiny_root, plain, tmp_path):
     rows = ranks.run(world, "stage", tmp_path, root=str(tiny_root), name=stage, spec=SPECS[stage], resources=resources)

@@ -261,6 +261,23 @@ def test_a_second_run_of_the_same_artifact_is_refused_and_the_first_goes_on(stor
     assert until(lambda: not living(job), 5)
 
 
+def test_of_runs_that_start_at_the_same_moment_one_goes_on(store, make):
+    job, ends = make("hang", stall_minutes=1 / 60), []
+
+    def one(name):
+        try:
+            ends.append(run(store, job.model_copy(update={"job_id": f"{job.output.id}/{name}"})).job_id)
+        except JobFailed as error:
+            ends.append(error.reason)
+
+    threads = [threading.Thread(target=one, args=(name,)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(ends) == ["busy", "busy", "stalled"]
+
+
 def test_leftovers_of_an_earlier_attempt_are_ended_before_a_new_one(store, make):
     job = make("succeed")
     env = {**os.environ, "RLHF_JOB_ID": f"{job.output.id}/earlier"}

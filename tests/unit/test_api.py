@@ -51,7 +51,9 @@ def weights(engine) -> torch.Tensor:
 
 def test_the_documented_loop_runs_and_trains_actor_and_critic_but_not_reference_and_reward(folders):
     tokenizer, n = load_tokenizer(folders["tokenizer"]), 2
-    args = argparse.Namespace(max_answer_seq_len=8, actor_learning_rate=1e-3, critic_learning_rate=1e-3, num_warmup_steps=0)
+    args = argparse.Namespace(
+        max_answer_seq_len=8, actor_learning_rate=1e-3, critic_learning_rate=1e-3, num_warmup_steps=0
+    )
     prompt_train_dataloader = [prompts(), prompts()]
 
     engine = DeepSpeedRLHFEngine(
@@ -89,7 +91,9 @@ def test_critic_starts_as_the_reward_model_so_the_last_value_is_the_score(folder
 
 
 def test_critic_warmup_leaves_the_actor_alone(folders):
-    spec = PPOSpec(max_response_tokens=6, critic_warmup=1, actor_optim=OptimSpec(lr=1e-2), critic_optim=OptimSpec(lr=1e-2))
+    spec = PPOSpec(
+        max_response_tokens=6, critic_warmup=1, actor_optim=OptimSpec(lr=1e-2), critic_optim=OptimSpec(lr=1e-2)
+    )
     engine = engine_of(folders, spec)
     trainer = DeepSpeedPPOTrainer(engine=engine)
     actor, critic = weights(engine.actor), weights(engine.critic)
@@ -137,7 +141,9 @@ def test_args_may_be_nothing_a_spec_a_mapping_or_a_namespace_with_deepspeed_chat
     assert ppo_args(PPOSpec(clip=0.3)).spec.clip == 0.3
     args = ppo_args({"clip": 0.3, "micro_batch": 2, "seed": 5})
     assert (args.spec.clip, args.resources.micro_batch, args.seed) == (0.3, 2, 5)
-    chat = argparse.Namespace(actor_learning_rate=1e-4, lr_scheduler_type="linear", per_device_training_batch_size=2, data_path=["x"])
+    chat = argparse.Namespace(
+        actor_learning_rate=1e-4, lr_scheduler_type="linear", per_device_training_batch_size=2, data_path=["x"]
+    )
     resolved = ppo_args(chat)
     assert resolved.spec.actor_optim.lr == 1e-4 and resolved.spec.actor_optim.schedule == "linear"
     assert resolved.spec.critic_optim.lr == PPOSpec().critic_optim.lr and resolved.resources.micro_batch == 2

@@ -9,7 +9,20 @@ from rlhf_core.rollout import Sampling, generate, keep_tokens, pack_bits, sample
 from rlhf_core.scoring import response_scores, response_values
 from rlhf_core.specs import ModelSpec
 
-FAMILIES = ["opt", "bloom", "gpt_neox", "gptj", "gpt_neo", "gpt2", "codegen", "llama", "qwen2", "qwen3", "mistral", "gemma3"]
+FAMILIES = [
+    "opt",
+    "bloom",
+    "gpt_neox",
+    "gptj",
+    "gpt_neo",
+    "gpt2",
+    "codegen",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma3",
+]
 PROMPTS = [[5, 6, 7], [9], [8, 7, 6, 5, 4, 3, 10], [11, 12]]
 
 
@@ -31,9 +44,7 @@ def tiny(family: str, positions: int = 64) -> torch.nn.Module:
 
 
 def roll(model, prompts=PROMPTS, sampling=Sampling(12), names=None, batch_size=64):
-    return generate(
-        model, prompts, names or range(len(prompts)), sampling, seed=7, eos=1, pad=0, batch_size=batch_size
-    )
+    return generate(model, prompts, names or range(len(prompts)), sampling, seed=7, eos=1, pad=0, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -120,7 +131,11 @@ def test_noise_is_uniform_and_differs_by_seed_sample_and_position():
     x = uniform(0, np.arange(50_000), 0)
     assert 0 <= x.min() and x.max() < 1
     assert abs(x.mean() - 0.5) < 0.01 and abs(x.var() - 1 / 12) < 0.002
-    for other in (uniform(1, np.arange(50_000), 0), uniform(0, np.arange(50_000), 1), uniform(0, np.arange(1, 50_001), 0)):
+    for other in (
+        uniform(1, np.arange(50_000), 0),
+        uniform(0, np.arange(50_000), 1),
+        uniform(0, np.arange(1, 50_001), 0),
+    ):
         assert abs(np.corrcoef(x, other)[0, 1]) < 0.02
 
 

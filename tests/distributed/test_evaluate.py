@@ -1,0 +1,175 @@
+"""The evaluate stage on real processes: its numbers against plain transformers, and their independence of processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+import tiny
+
+from rlhf_core.artifacts import ArtifactRef
+from rlhf_core.specs import ModelSpec
+from rlhf_core.store import Store
+
+SPEC = {"prompts": 20, "temperature": 0.7, "max_response_tokens": 10, "gold": "quickstart", "samples": 3}
+FILES = ("evaluation.json", "samples.jsonl")
+RANK = """
+import json, os, sys
+from test_evaluate import evaluate_rank
+metrics = evaluate_rank(**json.loads(sys.argv[1]))
+print("METRICS" + json.dumps(metrics)) if os.environ["RANK"] == "0" else None
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def evaluate_rank(root: str, out: str, base: str | None, spec: dict, resources: dict) -> dict:
+    """One rank's run of the stage."""
+    from rlhf_core.evaluate import run
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    refs = {
+        k: ArtifactRef.model_validate(v) for k, v in json.loads(Path(root, "evaluate-refs.json").read_text()).items()
+    }
+    folder = Path(out) if rank == 0 else Path(f"{out}-{rank}")
+    context = tiny.context(Store(f"file://{root}/store"), "evaluate", spec, refs, folder, rank, world, **resources)
+    if base:
+        job = context.job.model_copy(update={"model": ModelSpec.model_validate({"path": base})})
+        context = type(context)(job, context.store, context.out, rank, world)
+    return run(context)
+
+
+@pytest.fixture(scope="module")
+def root(tiny_root: Path) -> Path:
+    """The tiny store with a PPO artifact: an actor of other random weights."""
+    from rlhf_core.models import new_causal_lm, save_causal_lm
+
+    refs = {k: ArtifactRef.model_validate(v) for k, v in json.loads((tiny_root / "refs.json").read_text()).items()}
+    actor, tokenizer = new_causal_lm(tiny.MODEL, tiny.tokenizer(), seed=1), tiny.tokenizer()
+    save_causal_lm(actor, actor.state_dict(), tokenizer, tiny_root / "ppo" / "actor")
+    rows = [{"kind": "train", "step": i, "seconds": i, "score": 0.1 * i, "score_std": 1.0} for i in range(1, 4)]
+    (tiny_root / "ppo" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    refs["ppo"] = tiny.put(Store(f"file://{tiny_root}/store"), "ppo", tiny_root / "ppo", refs)
+    (tiny_root / "evaluate-refs.json").write_text(json.dumps({k: v.model_dump() for k, v in refs.items()}))
+    return tiny_root
+
+
+def evaluate(root: Path, out: Path, world: int = 1, base: bool = False, spec: dict = SPEC, **resources: int) -> dict:
+    """Metrics of the stage; its files are in `out`."""
+    arguments = {"root": str(root), "out": str(out), "spec": spec, "resources": resources}
+    arguments["base"] = str(root / "sft" / "model") if base else None
+    port, tests = str(ranks.free_port()), Path(__file__).parents[1]
+    paths = [str(p) for p in (tests.parent, tests, tests / "distributed")]
+    environment = {
+        **os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, json.dumps(arguments)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    try:
+        printed = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * world
+    (line,) = (line for line in printed[0].splitlines() if line.startswith("METRICS"))
+    return json.loads(line.removeprefix("METRICS"))
+
+
+@pytest.fixture(scope="module")
+def plain(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """One process, with the SFT model as the base model."""
+    out = tmp_path_factory.mktemp("plain")
+    return out, evaluate(root, out, base=True, micro_batch=5, rollout_micro_batch=6)
+
+
+def samples(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_write_the_bytes_of_one(root, plain, tmp_path):
+    evaluate(root, tmp_path / "two", world=2, base=True, micro_batch=5, rollout_micro_batch=6)
+    for name in FILES:
+        assert (tmp_path / "two" / name).read_bytes() == (plain[0] / name).read_bytes(), name
+    assert not list((tmp_path / "two-1").iterdir()), "only rank 0 writes"
+
+
+def test_batch_sizes_change_nothing_but_rounding(root, plain, tmp_path):
+    metrics = evaluate(root, tmp_path / "out", base=True, micro_batch=64, rollout_micro_batch=64)
+    assert [[a["text"] for a in row["answers"].values()] for row in samples(tmp_path / "out")] == [
+        [a["text"] for a in row["answers"].values()] for row in samples(plain[0])
+    ]
+    for name in set(metrics) - {"seconds", "tokens_per_second"}:
+        assert metrics[name] == pytest.approx(plain[1][name], rel=1e-4, abs=1e-5), name
+
+
+def test_the_same_model_under_another_name_gives_the_same_answers_and_no_kl(plain):
+    evaluation = json.loads((plain[0] / "evaluation.json").read_text())
+    for row in samples(plain[0]):
+        base, sft = row["answers"]["base"], row["answers"]["sft"]
+        assert base["text"] == sft["text"] and base["kl"] == pytest.approx(0, abs=1e-4)
+    assert evaluation["models"]["base"]["perplexity"] == evaluation["models"]["sft"]["perplexity"]
+
+
+def test_kl_and_reward_of_an_answer_are_those_of_plain_transformers_without_padding(root, plain):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    tokenizer = tiny.tokenizer()
+    actor = AutoModelForCausalLM.from_pretrained(root / "ppo" / "actor").eval()
+    sft = AutoModelForCausalLM.from_pretrained(root / "sft" / "model").eval()
+    judge = AutoModelForSequenceClassification.from_pretrained(root / "reward" / "model").eval()
+    for row in samples(plain[0])[:6]:
+        answer, prompt = row["answers"]["ppo"], tokenizer.encode(row["prompt"])
+        response = tokenizer.encode(answer["text"]) + [tokenizer.eos_token_id] * answer["eos"]
+        if len(response) != answer["tokens"]:
+            continue  # a sampled pad token is not in the text
+        ids = torch.tensor([prompt + response])
+        with torch.no_grad():
+            logprobs = [
+                (m(ids).logits[0, len(prompt) - 1 : -1] / SPEC["temperature"]).log_softmax(-1) for m in (actor, sft)
+            ]
+            score = judge.score(judge.model(ids).last_hidden_state)[0, -1].item()
+        at = torch.arange(len(response)), torch.tensor(response)
+        assert answer["kl"] == pytest.approx((logprobs[0][at] - logprobs[1][at]).sum().item(), abs=1e-4)
+        assert answer["reward"] == pytest.approx(score, abs=1e-4)
+
+
+def test_perplexity_is_over_the_response_tokens_of_the_held_out_rows(root, plain):
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(root / "ppo" / "actor").eval()
+    nats, tokens = 0.0, 0
+    for row in Dataset.load_from_disk(str(root / "data" / "sft" / "test")).to_list():
+        ids, mask = torch.tensor([row["input_ids"]]), torch.tensor(row["loss_mask"][1:], dtype=torch.bool)
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+        nats -= logprobs.gather(1, ids[0, 1:, None])[mask].sum().item()
+        tokens += int(mask.sum())
+    assert plain[1]["perplexity_ppo"] == pytest.approx(torch.tensor(nats / tokens).exp().item(), rel=1e-4)
+
+
+def test_all_prompts_are_in_samples_and_the_first_in_the_report(plain):
+    out, metrics = plain
+    rows = samples(out)
+    assert len(rows) == metrics["prompts"] == 20 and [row["index"] for row in rows] == list(range(20))
+    page = (out / "report.html").read_text()
+    assert page.count("<article>") == SPEC["samples"]
+    assert (out / "plots" / "ppo-score.png").exists() and (out / "plots" / "gold.png").exists()
+
+
+def test_a_model_from_scratch_has_no_base_and_perplexity_can_be_left_out(root, tmp_path):
+    metrics = evaluate(root, tmp_path / "out", spec={**SPEC, "gold": None, "perplexity": False, "prompts": 500})
+    assert metrics["prompts"] == 24, "all that there are"
+    assert list(samples(tmp_path / "out")[0]["answers"]) == ["sft", "ppo"]
+    assert not [name for name in metrics if name.startswith(("perplexity", "gold")) or name.endswith("_base")]

@@ -1,0 +1,429 @@
+"""The flow on a real Prefect server, with real processes, guard and store; only what a job runs is quick_stage.py."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf_core import launch
+from rlhf_core.artifacts import MANIFEST, list_manifests, read_manifest
+from rlhf_core.config import PipelineConfig, parse_config
+from rlhf_core.errors import ConfigError, IntegrityError, JobFailed
+from rlhf_core.plan import make_plan
+from rlhf_core.specs import STAGES
+from rlhf_core.store import Store
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+# The command line, with the deepspeed launcher replaced as in this process.
+COMMAND_LINE = """
+import sys, rlhf_core.launch as launch
+launch.command = lambda job, store, module: [sys.executable, "-m", "quick_stage", "--job", launch.job_url(store, job)]
+from flows.cli import main
+main()
+"""
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A Prefect server with a database of its own; yields its URL."""
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+    from prefect.settings import get_current_settings as settings
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=180):
+        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+            yield settings().api.url
+
+
+@pytest.fixture(autouse=True)
+def orders(tmp_path, monkeypatch) -> Path:
+    """A folder: what is written into the file named after a stage, its next job does."""
+    folder = tmp_path / "orders"
+    folder.mkdir()
+    monkeypatch.setenv("QUICK_STAGE_ORDERS", str(folder))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(HERE)]))
+    monkeypatch.delenv("RLHF_TERMINAL", raising=False)
+    monkeypatch.setattr(
+        launch,
+        "command",
+        lambda job, store, module: [sys.executable, "-m", "quick_stage", "--job", launch.job_url(store, job)],
+    )
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path) -> PipelineConfig:
+    """A pipeline with a name, and so with artifact ids, of its own."""
+    return parse_config(
+        {
+            "name": f"t-{os.getpid()}-{time.monotonic_ns()}",
+            "store": f"file://{tmp_path}/store",
+            "model": {"family": "opt"},
+            "data": {
+                "sources": [{"kind": "quickstart", "prompts": 50}],
+                "tokenizer": {"train_vocab_size": 300},
+                "max_prompt_tokens": 32,
+                "max_response_tokens": 32,
+            },
+            "resources": {"retries": 2, "retry_delay_seconds": 0},
+        }
+    )
+
+
+@pytest.fixture
+def store(config) -> Store:
+    return Store(config.store)
+
+
+def attempts(store: Store, stage: str) -> int:
+    """How many jobs were launched for a stage."""
+    return sum(key.endswith("/job.json") for key in store.list(stage))
+
+
+def run_states(config: PipelineConfig) -> list[dict[str, str]]:
+    """For each flow run of this pipeline, oldest first: its tasks' state names by stage, and its own as "flow"."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    ours = FlowRunFilter(name=FlowRunFilterName(any_=[config.name]))
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(flow_run_filter=ours, sort=FlowRunSort.EXPECTED_START_TIME_ASC)
+        found = []
+        for run in runs:
+            tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [run.id]}))
+            found.append({task.name: str(task.state_name) for task in tasks} | {"flow": str(run.state_name)})
+        return found
+
+
+def eventually(check, seconds: float = 20):
+    """Task states reach the server as events, a moment later: ask until `check` is true."""
+    until = time.monotonic() + seconds
+    while not (found := check()) and time.monotonic() < until:
+        time.sleep(0.2)
+    return found
+
+
+# --- reuse -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_run_builds_every_stage_and_the_second_reuses_all_as_cached(server, config, store):
+    from flows.rlhf import rlhf
+
+    first = rlhf(config)
+    assert list(first) == list(STAGES)
+    assert {m.ref.id for m in list_manifests(store)} == {ref.id for ref in first.values()}
+    second = rlhf(config)
+    assert second == first
+    assert all(attempts(store, stage) == 1 for stage in STAGES)
+    built = dict.fromkeys(STAGES, "Completed") | {"flow": "Completed"}
+    reused = dict.fromkeys(STAGES, "Cached") | {"flow": "Completed"}
+    assert eventually(lambda: run_states(config) == [built, reused])
+
+
+def test_a_changed_ppo_field_builds_only_ppo_and_what_follows(server, config, store):
+    from flows.rlhf import rlhf
+
+    rlhf(config)
+    rlhf(config.model_copy(update={"ppo": config.ppo.model_copy(update={"gamma": 0.99})}))
+    assert [attempts(store, stage) for stage in STAGES] == [1, 1, 1, 2, 2]
+
+
+def test_the_manifest_records_who_made_it_but_no_user(server, config, store):
+    from flows.rlhf import rlhf
+
+    manifest = read_manifest(store, rlhf(config)["sft"])
+    assert manifest is not None
+    assert manifest.metrics["eval_loss"] == 1.5
+    assert manifest.metrics["seconds"] >= 0
+    provenance = manifest.provenance
+    assert provenance["flow_run_name"] == config.name
+    assert len(provenance["commit"]) == 40
+    assert provenance["dirty"] in (True, False)
+    assert provenance["job"]["versions"]["deepspeed"]
+    assert "user" not in provenance
+
+
+def test_the_graph_has_an_edge_from_each_input(server, config):
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+
+    from flows.rlhf import rlhf
+
+    rlhf(config)
+    ours = FlowRunFilter(name=FlowRunFilterName(any_=[config.name]))
+
+    def tasks():
+        with get_client(sync_client=True) as client:
+            found = client.read_task_runs(flow_run_filter=ours)
+        return {task.name: task for task in found} if len(found) == len(STAGES) else None
+
+    found = eventually(tasks)
+    names = {task.id: name for name, task in found.items()}
+    edges = {
+        name: {names[edge.id] for edge in task.task_inputs["inputs"] if hasattr(edge, "id")}
+        for name, task in found.items()
+    }
+    assert edges == {
+        "data": set(),
+        "sft": {"data"},
+        "reward": {"data", "sft"},
+        "ppo": {"data", "sft", "reward"},
+        "evaluate": {"data", "sft", "reward", "ppo"},
+    }
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_worth_retrying_is_retried_in_the_same_run(server, config, store, orders):
+    from flows.rlhf import rlhf
+
+    (orders / "reward").write_text("exit 75")
+    rlhf(config)
+    assert [attempts(store, stage) for stage in STAGES] == [1, 1, 2, 1, 1]
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, 5])
+def test_a_failure_that_no_retry_can_help_is_not_retried(server, config, store, orders, code):
+    from flows.rlhf import rlhf
+
+    (orders / "sft").write_text(f"exit {code}")
+    with pytest.raises(JobFailed, match=f"sft was told to exit {code}") as raised:
+        rlhf(config)
+    assert raised.value.exit_code == code
+    assert [attempts(store, stage) for stage in STAGES] == [1, 1, 0, 0, 0]
+    failed = {"data": "Completed", "sft": "Failed", "flow": "Failed"}
+    assert eventually(lambda: run_states(config) == [failed])
+
+
+def test_after_a_failure_the_next_run_reuses_what_was_done(server, config, store, orders):
+    from flows.rlhf import rlhf
+
+    (orders / "ppo").write_text("exit 3")
+    with pytest.raises(JobFailed):
+        rlhf(config)
+    rlhf(config)
+    assert [attempts(store, stage) for stage in STAGES] == [1, 1, 1, 2, 1]
+
+
+def test_a_job_that_finished_but_was_not_published_is_published_without_another_job(server, config, store, orders):
+    from flows.rlhf import rlhf
+
+    (orders / "sft").write_text("die after the result")
+    refs = rlhf(config)
+    assert attempts(store, "sft") == 1
+    assert read_manifest(store, refs["sft"]) is not None
+
+
+def test_a_finished_result_with_a_damaged_file_is_not_published_but_built(config, store, orders):
+    from tasks.stage import build_stage
+
+    planned = make_plan(config, store)[0]
+    (orders / "data").write_text("die after the result")
+    with pytest.raises(JobFailed):
+        build_stage(store, config, planned)
+    store.write(f"{planned.ref.id}/weights", b"something else")
+    assert build_stage(store, config, planned).how == "built"
+    assert store.read(f"{planned.ref.id}/weights") == b"data of attempt 2"
+
+
+def test_a_published_artifact_that_lost_a_file_is_an_error_that_names_the_remedy(config, store):
+    from tasks.stage import build_stage
+
+    planned = make_plan(config, store)[0]
+    build_stage(store, config, planned)
+    store.delete(f"{planned.ref.id}/weights")
+    with pytest.raises(IntegrityError, match="--force data"):
+        build_stage(store, config, planned)
+    assert build_stage(store, config, planned, force="run-1").how == "built"
+
+
+# --- force -----------------------------------------------------------------------------------------------------------
+
+
+def test_forcing_retires_the_manifest_and_builds_once_for_each_run(config, store):
+    from tasks.stage import build_stage
+
+    planned = make_plan(config, store)[0]
+    first = build_stage(store, config, planned)
+    assert build_stage(store, config, planned, force="run-1").how == "built"
+    assert build_stage(store, config, planned, force="run-1").how == "reused"
+    assert build_stage(store, config, planned, force="run-2").how == "built"
+    old = [key for key in store.list(planned.ref.id) if "/superseded/manifest-" in key]
+    assert len(old) == 2
+    assert first.manifest.model_dump_json(indent=1).encode() in [store.read(key) for key in old]
+
+
+def test_a_forced_build_that_fails_leaves_nothing_published_and_its_retry_goes_on(config, store, orders):
+    from tasks.stage import build_stage, find
+
+    planned = make_plan(config, store)[0]
+    build_stage(store, config, planned)
+    store.write(f"{planned.ref.id}/checkpoints/step-10/done", b"of the first build")
+    (orders / "data").write_text("exit 1")
+    with pytest.raises(JobFailed):
+        build_stage(store, config, planned, force="run-1")
+    assert find(store, planned.ref) is None
+    assert not any("/checkpoints/" in key for key in store.list(planned.ref.id))
+    store.write(f"{planned.ref.id}/checkpoints/step-5/done", b"of the second")
+    assert build_stage(store, config, planned, force="run-1").how == "built"
+    assert any("/checkpoints/" in key for key in store.list(planned.ref.id))
+
+
+def test_the_flow_forces_only_what_it_is_told_to(server, config, store):
+    from flows.rlhf import rlhf
+
+    rlhf(config)
+    rlhf(config, force=("reward",))
+    assert [attempts(store, stage) for stage in STAGES] == [1, 1, 2, 1, 1]
+
+
+# --- single stages ---------------------------------------------------------------------------------------------------
+
+
+def test_a_single_stage_needs_its_inputs_and_builds_nothing_else(server, config, store):
+    from flows import single
+
+    with pytest.raises(ConfigError, match="--stage data"):
+        single.sft(config)
+    assert store.list("") == {}
+    single.data(config)
+    refs = single.sft(config)
+    assert list(refs) == ["sft"]
+    assert {m.ref.stage for m in list_manifests(store)} == {"data", "sft"}
+
+
+# --- reporting -------------------------------------------------------------------------------------------------------
+
+
+def test_the_run_ends_with_a_report_that_names_every_artifact(server, config):
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+    from prefect.client.schemas.sorting import ArtifactSort
+
+    from flows.rlhf import rlhf
+
+    refs = rlhf(config)
+    with get_client(sync_client=True) as client:
+        reports = client.read_artifacts(
+            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["rlhf-report"])), sort=ArtifactSort.CREATED_DESC
+        )
+        progress = client.read_artifacts(
+            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["rlhf-sft-progress"])),
+            sort=ArtifactSort.CREATED_DESC,
+        )
+    assert all(ref.id in str(reports[0].data) for ref in refs.values())
+    assert "train step 1/2" in str(progress[0].description)
+
+
+def test_a_reporting_error_is_one_warning_and_the_stage_goes_on(server, config, store, monkeypatch, caplog):
+    from flows.single import data
+    from tasks import progress
+
+    def fail(*_, **__):
+        raise RuntimeError("the server is on holiday")
+
+    monkeypatch.setattr(progress, "create_progress_artifact", fail)
+    monkeypatch.setattr(progress, "ARTIFACT_SECONDS", 0)
+    data(config)
+    assert attempts(store, "data") == 1
+    warnings = [record.getMessage() for record in caplog.records if "cannot be reported" in record.getMessage()]
+    assert warnings == ["progress cannot be reported (the stage goes on): RuntimeError: the server is on holiday"]
+
+
+# --- the command line, killed and interrupted ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(server, config, tmp_path, monkeypatch):
+    """Starts `rlhf run` on the test's server; the process leads a group, as in a terminal."""
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(config.model_dump_json())
+    monkeypatch.setenv("PREFECT_API_URL", server)
+    started = []
+
+    def start(*words: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND_LINE, "run", str(file), *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if text in line:
+            return
+    raise AssertionError(f"ended without {text!r}")
+
+
+def processes_of(config: PipelineConfig) -> list[str]:
+    """Job processes of this pipeline that are alive."""
+    from rlhf_core import guard
+
+    return [str(pid) for stage in STAGES for pid in guard.processes_of(f"{_id(config, stage)}/")]
+
+
+def _id(config: PipelineConfig, stage: str) -> str:
+    return next(p.ref.id for p in make_plan(config, Store(config.store)) if p.stage == stage)
+
+
+def test_a_run_prints_the_plan_and_the_results(start, config):
+    out, err = start().communicate(timeout=120)
+    assert "eval loss 1.5" in out
+    assert all(_id(config, stage) in out for stage in STAGES)
+    assert out.count("built") == len(STAGES)
+    assert "sft: built" in err
+    assert "| INFO" not in err
+
+
+def test_a_killed_run_leaves_nothing_running_and_the_next_goes_on(start, config, store, orders):
+    (orders / "reward").write_text("hang")
+    process = start()
+    wait_for_line(process, "reward: train")
+    process.kill()
+    process.wait()
+    assert eventually(lambda: not processes_of(config))
+    out, _ = start().communicate(timeout=120)
+    assert [attempts(store, stage) for stage in STAGES] == [1, 1, 2, 1, 1]
+    assert out.count("reused") == 2
+
+
+@pytest.mark.parametrize(("signo", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_an_interrupted_run_ends_its_job_and_is_recorded_as_crashed(start, config, store, orders, signo, code):
+    (orders / "sft").write_text("hang")
+    process = start()
+    wait_for_line(process, "sft: train")
+    os.killpg(process.pid, signo) if signo == signal.SIGINT else process.send_signal(signo)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    assert eventually(lambda: not processes_of(config))
+    assert not store.list(_id(config, "sft")).get(f"{_id(config, 'sft')}/{MANIFEST}")
+    assert eventually(lambda: [run["flow"] for run in run_states(config)] == ["Crashed"])
+
+
+def test_a_failed_job_is_one_message_and_its_exit_code(start, orders):
+    (orders / "data").write_text("exit 3")
+    process = start()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert err.count("data was told to exit 3") == 1
+    assert "Traceback" not in err

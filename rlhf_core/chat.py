@@ -57,7 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt", help="answer this and leave")
     parser.add_argument("--raw", action="store_true", help="take --prompt as it is, without turn markers")
     parser.add_argument("--system", help="system message")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=None, help="default: 128, or half of a smaller model's positions"
+    )
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
@@ -72,12 +74,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def talk(args: argparse.Namespace) -> None:
     """Load the model and hold the dialogue."""
-    if args.temperature <= 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
+    if args.temperature <= 0 or not 0 < args.top_p <= 1 or (args.max_new_tokens or 1) < 1:
         raise ConfigError("--temperature must be above 0, --top-p in (0, 1], --max-new-tokens at least 1")
     seed = int(time.time()) if args.seed is None else args.seed
     tokenizer = load_tokenizer(args.model)
     model = load_causal_lm(args.model, dropout=0.0).eval()
-    sampling = Sampling(args.max_new_tokens, args.temperature, top_p=args.top_p)
+    room = args.max_new_tokens or min(128, (positions_of(model.config) or 256) // 2)
+    sampling = Sampling(room, args.temperature, top_p=args.top_p)
     opening: list[Turn] = [{"role": "system", "content": args.system}] if args.system else []
     if args.prompt is not None:
         text = args.prompt if args.raw else render([*opening, {"role": "user", "content": args.prompt}], tokenizer)

@@ -22,6 +22,7 @@ from rlhf_core.specs import (
     PPOSpec,
     RewardSpec,
     SFTSpec,
+    StageName,
 )
 
 
@@ -29,8 +30,10 @@ class PipelineConfig(Frozen):
     """The whole pipeline: data -> sft -> reward -> ppo -> evaluate."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="part of every artifact's id")
-    store: str = Field("file://./.rlhf/store", description="root URL of the artifacts: file://, s3:// or memory://")
-    seed: int = Field(0, description="of every stage that sets none")
+    store: str = Field(
+        default="file://./.rlhf/store", description="root URL of the artifacts: file://, s3:// or memory://"
+    )
+    seed: int = Field(default=0, description="of every stage that sets none")
     model: ModelSpec
     data: DataSpec
     sft: SFTSpec = SFTSpec()
@@ -41,7 +44,7 @@ class PipelineConfig(Frozen):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
-        rules = (
+        rules: tuple[tuple[StageName, str, int], ...] = (
             ("sft", "sft.batch_size", self.sft.batch_size),
             ("reward", "reward.batch_size", self.reward.batch_size),
             ("ppo", "ppo.rollout_batch_size / ppo.minibatches", self.ppo.rollout_batch_size // self.ppo.minibatches),

@@ -34,7 +34,7 @@ def start(seed: int) -> Ranks:
     import torch.distributed.distributed_c10d as c10d
     from deepspeed.accelerator import get_accelerator
 
-    accelerator = get_accelerator()
+    accelerator: Any = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -5,6 +5,7 @@ the result's files below the artifact and then `result.json`, which lists them; 
 While the job runs, rank 0 prints progress as single lines that begin with `PROGRESS`.
 """
 
+import hashlib
 import json
 from typing import Any
 
@@ -26,12 +27,19 @@ class JobSpec(Frozen):
     store: str = Field(description="root URL")
     output: ArtifactRef
     attempt: int = Field(ge=1)
-    job_id: str = Field(description="unique; every process of the job carries it in RLHF_JOB_ID")
+    job_id: str = Field(
+        description="`family` and a part that is unique; every process of the job carries it in RLHF_JOB_ID"
+    )
     spec: dict[str, Any] = Field(description="the stage's spec with seed and places resolved")
     identity: dict[str, Any] = Field(description="what the fingerprint hashed")
     inputs: dict[str, ArtifactRef] = {}
-    model: ModelSpec | None = Field(None, description="the pipeline's base model")
+    model: ModelSpec | None = Field(default=None, description="the pipeline's base model")
     resources: Resources = Resources()
+
+    @property
+    def family(self) -> str:
+        """What all attempts at this artifact in this store have in common: the beginning of their job ids."""
+        return f"{self.output.id}@{hashlib.sha256(self.store.encode()).hexdigest()[:8]}/"
 
     @property
     def folder(self) -> str:

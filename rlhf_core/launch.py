@@ -77,7 +77,7 @@ def run_job(
     """
     if store.scheme == "memory":
         raise ConfigError(f"store: {store.url} lives in one process and a job is another; use file:// or s3://")
-    assert job.job_id.startswith(f"{job.output.id}/"), "leftovers are found by this prefix"
+    assert job.job_id.startswith(job.family), "leftovers are found by this prefix"
     end_leftovers(job)
     job = create_job(store, job)
     argv = command(job, store, module)
@@ -200,7 +200,7 @@ def start(job: JobSpec, argv: list[str], output: Path, grace: float) -> subproce
 
 def guards(job: JobSpec) -> list[int]:
     """Guards on this machine, of any run, that build the job's artifact; the oldest first."""
-    found = guard.processes_of(f"{job.output.id}/")
+    found = guard.processes_of(job.family)
     return sorted(
         (p for p in found if guard.python_module(p) == "rlhf_core.guard"), key=lambda p: (guard.started(p), p)
     )
@@ -227,7 +227,7 @@ def end_leftovers(job: JobSpec) -> None:
 
 def _orphans(job: JobSpec) -> set[int]:
     """Processes that build the job's artifact and have no guard; those of a run that starts just now have one."""
-    carriers = guard.processes_of(f"{job.output.id}/")
+    carriers = guard.processes_of(job.family)
     living = {str(pid) for pid in guards(job)}
     return {p for p in carriers if str(p) not in living and guard.variable(p, "RLHF_GUARD_PID") not in living}
 

@@ -66,8 +66,9 @@ def new_config(spec: ModelSpec, vocab_size: int, pad: int, eos: int) -> Any:
         "codegen": {**gpt, "rotary_dim": h // heads // 2},
         "gemma3": {**llama, "query_pre_attn_scalar": h // heads, "sliding_window": positions},
     }
-    kind = {"gemma3": "gemma3_text"}.get(spec.family or "", spec.family)
-    fields = by_family.get(spec.family or "", llama)
+    assert spec.family
+    kind = {"gemma3": "gemma3_text"}.get(spec.family, spec.family)
+    fields = by_family.get(spec.family, llama)
     config = AutoConfig.for_model(
         kind, vocab_size=vocab_size, pad_token_id=pad, eos_token_id=eos, bos_token_id=eos, **fields
     )
@@ -106,7 +107,8 @@ def load_causal_lm(path: str, dropout: float | None = None, revision: str | None
     elif dropout is not None:
         options["config"] = set_dropout(AutoConfig.from_pretrained(place, revision=revision), dropout)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(place, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, **options)
+        model, info = loaded
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -123,7 +125,8 @@ def base_model(spec: ModelSpec, tokenizer: Any, seed: int, dropout: float | None
         model = new_causal_lm(spec, tokenizer, seed)
         return model if dropout is None else type(model)(set_dropout(model.config, dropout))
     model = load_causal_lm(spec.path, dropout, spec.revision)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    embeddings: Any = model.get_input_embeddings()
+    if len(tokenizer) > embeddings.weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
@@ -207,11 +210,12 @@ class ValueModel(nn.Module):
     @classmethod
     def from_causal_lm(cls, model: PreTrainedModel, seed: int) -> "ValueModel":
         """The trunk of a language model with a new head (N(0, 1/sqrt(width+1)), Stiennon et al. 2020)."""
-        head = model.get_output_embeddings()
+        head: Any = model.get_output_embeddings()
+        trunk: Any = model.base_model
         width = head.weight.shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(model.base_model, width)
+            return cls(trunk, width)
 
     @classmethod
     def load(cls, path: str | Path, dropout: float = 0.0) -> "ValueModel":

@@ -46,7 +46,7 @@ MOST_ITEMS = 6
 CAREFUL_CATEGORY = 0.5  # probability of an answer that keeps to the category ...
 IN_CATEGORY = (0.1, 0.97)  # ... and, per item, of an item of the category in a careless and in a careful answer
 CAREFUL_DISTINCT = 0.5
-REPEAT = (0.75, 0.05)  # per item after the first, probability of saying the last one again
+STUTTER = (0.6, 0.03)  # per item, probability of saying it twice
 POLITE = 0.4
 
 # Bradley-Terry: P(a preferred to b) = sigmoid((gold(a) - gold(b)) / TEMPERATURE).
@@ -120,12 +120,12 @@ def gold(prompt: str, response: str) -> dict[str, float]:
     entries = [word for word in re.findall(r"\w+", body.lower()) if word != "and"]
     parts = dict.fromkeys(PARTS, 0.0)
     if any(entry in _CATEGORY_OF for entry in entries):
+        different = len(set(entries))
         if number is not None:
-            parts["count"] = max(0.0, 1 - abs(len(entries) - number) / number)
+            parts["count"] = max(0.0, 1 - abs(different - number) / number)
         if category is not None:
             parts["category"] = sum(_CATEGORY_OF.get(entry) == category for entry in entries) / len(entries)
-        repeats = len(entries) - len(set(entries))
-        parts["distinct"] = 1 - repeats / max(1, len(entries) - 1)
+        parts["distinct"] = max(0.0, 1 - (len(entries) - different) / different)
         parts["ending"] = float(polite)
     return parts | {"gold": sum(parts.values()) / len(PARTS)}
 
@@ -156,7 +156,7 @@ def _split_ending(response: str) -> tuple[str, bool]:
     text = response.strip()
     for ending in POLITE_ENDINGS + CURT_ENDINGS:
         if ending and text.startswith(ending):
-            return text[len(ending):], ending in POLITE_ENDINGS
+            return text[len(ending) :], ending in POLITE_ENDINGS
     return text, False
 
 
@@ -164,15 +164,13 @@ def _demonstrate(rng: random.Random, number: int, category: str) -> str:
     """Returns one answer of the sloppy demonstrator, with a leading space."""
     length = number if rng.random() < CAREFUL_COUNT else rng.randint(1, MOST_ITEMS)
     in_category = IN_CATEGORY[rng.random() < CAREFUL_CATEGORY]
-    repeat = REPEAT[rng.random() < CAREFUL_DISTINCT]
+    stutter = STUTTER[rng.random() < CAREFUL_DISTINCT]
     items: list[str] = []
     while len(items) < length:
-        if items and rng.random() < repeat:
-            items.append(items[-1])
-            continue
         item = rng.choice(CATEGORIES[category] if rng.random() < in_category else _ITEMS)
         if item not in items:
             items.append(item)
+    items = [f"{item} {item}" if rng.random() < stutter else item for item in items]
     ending = rng.choice(POLITE_ENDINGS if rng.random() < POLITE else CURT_ENDINGS)
     listing = items[0] if length == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
     return f" {ending} {listing}." if ending else f" {listing}."

@@ -135,7 +135,8 @@ def warnings(evaluation: Mapping[str, Any]) -> list[str]:
         tax = ppo["perplexity"]["value"] / sft["perplexity"]["value"]
         if tax > TAX_LIMIT:
             found.append(
-                f"Perplexity of held-out SFT answers is {number(tax)} times SFT's: much that SFT taught is lost."
+                f"Held-out SFT answers surprise PPO {number(tax)} times as much as SFT (perplexity): right if they were "
+                "poor examples; forgetting if they were good ones, then raise ppo.kl.coef."
             )
     return found
 

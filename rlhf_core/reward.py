@@ -56,6 +56,7 @@ class RewardTrainer:
     def run(self) -> dict[str, Any]:
         """Train, evaluate, store the score's moments, save; returns the stage's metrics."""
         began = time.monotonic()
+        metrics: dict[str, float] = {}
         for step in range(self.steps):
             metrics = self.step(step)
             self.context.log("train", step + 1, metrics)

@@ -49,6 +49,7 @@ class SFTTrainer:
         """Train, evaluate, save; returns the stage's metrics."""
         began = time.monotonic()
         evaluation = self.evaluate(0)
+        metrics: dict[str, float] = {}
         for step in range(self.steps):
             metrics = self.step(step)
             self.context.log("train", step + 1, metrics)

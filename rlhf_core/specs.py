@@ -32,9 +32,9 @@ class Frozen(BaseModel):
 class StageSpec(Frozen):
     """What every stage's spec has."""
 
-    seed: int | None = Field(None, description="default: the pipeline's seed")
+    seed: int | None = Field(default=None, description="default: the pipeline's seed")
     revision: int | None = Field(
-        None, description="raise it to say that the code now means something else: builds anew"
+        default=None, description="raise it to say that the code now means something else: builds anew"
     )
 
 
@@ -42,14 +42,16 @@ class ModelSpec(Frozen):
     """A pretrained model (`path`) or a new one from scratch (`family` and its size), never both."""
 
     path: str | None = Field(
-        None, description="folder, .gguf file, hub name, or package:NAME/FILE; leave out for a new model"
+        default=None, description="folder, .gguf file, hub name, or package:NAME/FILE; leave out for a new model"
     )
-    revision: str | None = Field(None, description="hub revision; a hub name without one is pinned by its name alone")
-    family: Family | None = Field(None, description="architecture of a new model, started from random weights")
+    revision: str | None = Field(
+        default=None, description="hub revision; a hub name without one is pinned by its name alone"
+    )
+    family: Family | None = Field(default=None, description="architecture of a new model, started from random weights")
     hidden_size: Positive = 128
     layers: Positive = 3
     heads: Positive = 4
-    positions: Positive = Field(128, description="longest sequence of a new model, tokens")
+    positions: Positive = Field(default=128, description="longest sequence of a new model, tokens")
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -65,13 +67,15 @@ class ModelSpec(Frozen):
 class TokenizerSpec(Frozen):
     """The tokenizer of all stages: the model's own (default), one at `path`, or one trained on the data."""
 
-    path: str | None = Field(None, description="folder or hub name; default: the tokenizer beside the model")
-    train_vocab_size: int | None = Field(None, ge=260, description="train a byte-level BPE of this size on the data")
-    pad_token: str | None = Field(
-        None, description="an existing token to pad with, e.g. <unk>; default: the tokenizer's pad"
+    path: str | None = Field(default=None, description="folder or hub name; default: the tokenizer beside the model")
+    train_vocab_size: int | None = Field(
+        default=None, ge=260, description="train a byte-level BPE of this size on the data"
     )
-    eos_token: str | None = Field(None, description="token that ends a response; default: the tokenizer's EOS")
-    chat_template: str | None = Field(None, description="Jinja chat template; default: the tokenizer's")
+    pad_token: str | None = Field(
+        default=None, description="an existing token to pad with, e.g. <unk>; default: the tokenizer's pad"
+    )
+    eos_token: str | None = Field(default=None, description="token that ends a response; default: the tokenizer's EOS")
+    chat_template: str | None = Field(default=None, description="Jinja chat template; default: the tokenizer's")
 
 
 class QuickstartSource(Frozen):
@@ -88,13 +92,13 @@ class FileSource(Frozen):
     kind: Literal["files"] = "files"
     paths: tuple[str, ...] = Field(min_length=1)
     format: Literal["auto", "pairs", "messages", "dialogue", "stories"] = Field(
-        "auto",
+        default="auto",
         description="pairs: prompt/chosen/rejected columns; messages: lists of role/content; dialogue: hh-rlhf's "
         "'Human: … Assistant: …' strings; stories: text cut at `story_start`, first sentence is the prompt",
     )
-    columns: dict[str, str] = Field({}, description="our column name -> the file's, e.g. {chosen: better}")
+    columns: dict[str, str] = Field(default={}, description="our column name -> the file's, e.g. {chosen: better}")
     story_start: str = Field(r"^(?=Once upon a time|One day,)", description="regular expression between two stories")
-    limit: Positive | None = Field(None, description="use only the first N rows")
+    limit: Positive | None = Field(default=None, description="use only the first N rows")
 
 
 class HubSource(Frozen):
@@ -121,7 +125,9 @@ class SampledPairs(Frozen):
     """
 
     gold: GoldName
-    per_prompt: Annotated[int, Field(ge=2)] = Field(4, description="answers a prompt; best and worst make the pair")
+    per_prompt: Annotated[int, Field(ge=2)] = Field(
+        default=4, description="answers a prompt; best and worst make the pair"
+    )
     temperature: Annotated[float, Field(gt=0)] = 1.0
     max_prompts: Positive | None = None
 
@@ -132,7 +138,7 @@ class Shares(Frozen):
     sft: NonNegative = 2
     reward: NonNegative = 4
     ppo: NonNegative = 4
-    test: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="part of each share held out for tests")
+    test: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.1, description="part of each share held out for tests")
 
     @model_validator(mode="after")
     def _some(self) -> Self:
@@ -147,14 +153,15 @@ class DataSpec(StageSpec):
     sources: tuple[Source, ...] = Field(min_length=1)
     tokenizer: TokenizerSpec = TokenizerSpec()
     template: Literal["human_assistant", "chat", "none"] = Field(
-        "human_assistant", description="how messages become text; prompts that are text already are kept as they are"
+        default="human_assistant",
+        description="how messages become text; prompts that are text already are kept as they are",
     )
     sampled_pairs: SampledPairs | None = None
     shares: Shares = Shares()
     max_prompt_tokens: Positive = 256
-    max_response_tokens: Positive = Field(256, description="including the end-of-sequence token")
+    max_response_tokens: Positive = Field(default=256, description="including the end-of-sequence token")
     truncate_responses: bool = Field(
-        False, description="cut over-long responses (no EOS then) instead of dropping them"
+        default=False, description="cut over-long responses (no EOS then) instead of dropping them"
     )
 
 
@@ -167,7 +174,7 @@ class OptimSpec(Frozen):
     min_lr_ratio: Fraction = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: NonNegative = Field(0.0, description="on matrices only: never on biases, norms or embeddings")
+    weight_decay: NonNegative = Field(default=0.0, description="on matrices only: never on biases, norms or embeddings")
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
 
 
@@ -176,12 +183,12 @@ class SFTSpec(StageSpec):
 
     epochs: Annotated[float, Field(gt=0)] = 1.0
     max_steps: Positive | None = None
-    batch_size: Positive = Field(16, description="sequences an optimizer step, over all processes")
+    batch_size: Positive = Field(default=16, description="sequences an optimizer step, over all processes")
     loss_on: Literal["response", "all"] = "response"
-    dropout: Fraction | None = Field(None, description="default: the model's own")
+    dropout: Fraction | None = Field(default=None, description="default: the model's own")
     precision: Precision = "fp32"
     optim: OptimSpec = OptimSpec(lr=1e-5)
-    eval_every: Positive | None = Field(None, description="steps between evaluations; default: at the end only")
+    eval_every: Positive | None = Field(default=None, description="steps between evaluations; default: at the end only")
 
 
 class RewardSpec(StageSpec):
@@ -190,70 +197,86 @@ class RewardSpec(StageSpec):
     epochs: Annotated[float, Field(gt=0)] = 1.0
     max_steps: Positive | None = None
     model: ModelSpec | None = Field(
-        None, description="another model to start from, with the same tokenizer; default: the SFT model"
+        default=None, description="another model to start from, with the same tokenizer; default: the SFT model"
     )
-    batch_size: Positive = Field(16, description="pairs an optimizer step, over all processes")
-    dropout: Fraction = Field(0.0, description="N+: no dropout in the reward model")
+    batch_size: Positive = Field(default=16, description="pairs an optimizer step, over all processes")
+    dropout: Fraction = Field(default=0.0, description="N+: no dropout in the reward model")
     precision: Precision = "fp32"
     optim: OptimSpec = OptimSpec(lr=5e-5)
     center_coef: NonNegative = Field(
-        0.0, description="weight of (r(chosen)+r(rejected))^2, which keeps scores near 0 (Eisenstein et al. 2023)"
+        default=0.0,
+        description="weight of (r(chosen)+r(rejected))^2, which keeps scores near 0 (Eisenstein et al. 2023)",
     )
-    flip_labels: Fraction | None = Field(None, description="share of training pairs with chosen and rejected swapped")
-    train_layers: Positive | None = Field(None, description="train only the last N layers and the head; default: all")
+    flip_labels: Fraction | None = Field(
+        default=None, description="share of training pairs with chosen and rejected swapped"
+    )
+    train_layers: Positive | None = Field(
+        default=None, description="train only the last N layers and the head; default: all"
+    )
     eval_every: Positive | None = None
 
 
 class KLSpec(Frozen):
     """Penalty for leaving the reference, paid per token in the reward: -coef * estimator(actor || reference)."""
 
-    coef: NonNegative = Field(0.05, description="N+ and TRL 0.05; N 0.15; DSC 0.1")
-    estimator: Literal["k1", "k2", "k3"] = Field("k1", description="k1 = log p - log q; k2 = k1^2/2; k3 = q/p - 1 + k1")
+    coef: NonNegative = Field(default=0.05, description="N+ and TRL 0.05; N 0.15; DSC 0.1")
+    estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k1", description="k1 = log p - log q; k2 = k1^2/2; k3 = q/p - 1 + k1"
+    )
     controller: Literal["fixed", "adaptive"] = "fixed"
-    target: Annotated[float, Field(gt=0)] = Field(6.0, description="adaptive: nats per sequence (N: 6)")
-    horizon: Positive = Field(10_000, description="adaptive: episodes (N: 10000)")
+    target: Annotated[float, Field(gt=0)] = Field(default=6.0, description="adaptive: nats per sequence (N: 6)")
+    horizon: Positive = Field(default=10_000, description="adaptive: episodes (N: 10000)")
     stop: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="end the updates on a rollout once approx KL(old || new) per token exceeds this"
+        default=None, description="end the updates on a rollout once approx KL(old || new) per token exceeds this"
     )
 
 
 class PPOSpec(StageSpec):
     """Proximal policy optimisation. Every constant of the algorithm is a field here."""
 
-    steps: Positive = Field(100, description="rollouts; each is followed by ppo_epochs x minibatches updates")
-    rollout_batch_size: Positive = Field(64, description="prompts a rollout, over all processes")
-    ppo_epochs: Positive = Field(4, description="passes over a rollout (N 4; DSC 1)")
-    minibatches: Positive = Field(1, description="optimizer steps a pass (N 1)")
-    max_response_tokens: Positive | None = Field(None, description="default: the data stage's")
+    steps: Positive = Field(default=100, description="rollouts; each is followed by ppo_epochs x minibatches updates")
+    rollout_batch_size: Positive = Field(default=64, description="prompts a rollout, over all processes")
+    ppo_epochs: Positive = Field(default=4, description="passes over a rollout (N 4; DSC 1)")
+    minibatches: Positive = Field(default=1, description="optimizer steps a pass (N 1)")
+    max_response_tokens: Positive | None = Field(default=None, description="default: the data stage's")
     # sampling
     temperature: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="N 0.7; divides every model's logits everywhere"
+        default=1.0, description="N 0.7; divides every model's logits everywhere"
     )
-    top_k: Annotated[int, Field(ge=0)] = Field(0, description="0 = off")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="1 = off")
+    top_k: Annotated[int, Field(ge=0)] = Field(default=0, description="0 = off")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="1 = off")
     # reward
     kl: KLSpec = KLSpec()
     normalize_score: bool = Field(
-        True, description="(score - mean) / std with the reward model's stored moments (N, RM 3)"
+        default=True, description="(score - mean) / std with the reward model's stored moments (N, RM 3)"
     )
-    score_clip: Annotated[float, Field(gt=0)] | None = Field(5.0, description="clip the score to +-this (DSC 5)")
+    score_clip: Annotated[float, Field(gt=0)] | None = Field(
+        default=5.0, description="clip the score to +-this (DSC 5)"
+    )
     missing_eos_penalty: float | None = Field(
-        1.0, description="without EOS: subtract this from the score (TRL 1.0), or replace the score by minus this"
+        default=1.0,
+        description="without EOS: subtract this from the score (TRL 1.0), or replace the score by minus this",
     )
-    missing_eos: Literal["subtract", "replace"] = Field("replace", description="N and N+ replace the score by -1")
-    whiten_rewards: bool = Field(False, description="scale rewards to unit variance, mean kept (N on, N+ off)")
+    missing_eos: Literal["subtract", "replace"] = Field(
+        default="replace", description="N and N+ replace the score by -1"
+    )
+    whiten_rewards: bool = Field(default=False, description="scale rewards to unit variance, mean kept (N on, N+ off)")
     # advantage and losses
-    gamma: Fraction = Field(1.0, description="N, N+, DSC 1.0")
-    lam: Fraction = Field(0.95, description="N, N+, DSC 0.95")
+    gamma: Fraction = Field(default=1.0, description="N, N+, DSC 1.0")
+    lam: Fraction = Field(default=0.95, description="N, N+, DSC 0.95")
     whiten_advantages: bool = Field(
-        True, description="zero mean, unit variance over the global batch (N, N+; DSC none)"
+        default=True, description="zero mean, unit variance over the global batch (N, N+; DSC none)"
     )
-    clip: Annotated[float, Field(gt=0)] = Field(0.2, description="ratio clip (N, N+, DSC 0.2)")
-    value_clip: Annotated[float, Field(gt=0)] | None = Field(0.2, description="N, N+, DSC 0.2; none = off")
-    entropy_coef: NonNegative = Field(0.0, description="weight of the entropy bonus")
-    critic_warmup: Annotated[int, Field(ge=0)] = Field(0, description="first rollouts that train only the critic")
-    actor_optim: OptimSpec = Field(OptimSpec(lr=9.65e-6, warmup_steps=100), description="DSC 9.65e-6, cosine, 100")
-    critic_optim: OptimSpec = Field(OptimSpec(lr=5e-6, warmup_steps=100), description="DSC 5e-6, cosine, 100")
+    clip: Annotated[float, Field(gt=0)] = Field(default=0.2, description="ratio clip (N, N+, DSC 0.2)")
+    value_clip: Annotated[float, Field(gt=0)] | None = Field(default=0.2, description="N, N+, DSC 0.2; none = off")
+    entropy_coef: NonNegative = Field(default=0.0, description="weight of the entropy bonus")
+    critic_warmup: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="first rollouts that train only the critic"
+    )
+    actor_optim: OptimSpec = Field(
+        default=OptimSpec(lr=9.65e-6, warmup_steps=100), description="DSC 9.65e-6, cosine, 100"
+    )
+    critic_optim: OptimSpec = Field(default=OptimSpec(lr=5e-6, warmup_steps=100), description="DSC 5e-6, cosine, 100")
     precision: Precision = "fp32"
 
     @model_validator(mode="after")
@@ -268,12 +291,12 @@ class PPOSpec(StageSpec):
 class EvaluateSpec(StageSpec):
     """Base, SFT and PPO models on held-out prompts."""
 
-    prompts: Positive = Field(200, description="held-out prompts at most")
+    prompts: Positive = Field(default=200, description="held-out prompts at most")
     temperature: Annotated[float, Field(gt=0)] = 1.0
     max_response_tokens: Positive | None = None
-    gold: GoldName | None = Field(None, description="ground truth of the task, which no stage has trained on")
-    perplexity: bool = Field(True, description="perplexity of the held-out SFT responses: the alignment tax")
-    samples: Positive = Field(12, description="rows of the side-by-side table")
+    gold: GoldName | None = Field(default=None, description="ground truth of the task, which no stage has trained on")
+    perplexity: bool = Field(default=True, description="perplexity of the held-out SFT responses: the alignment tax")
+    samples: Positive = Field(default=12, description="rows of the side-by-side table")
 
 
 Spec = DataSpec | SFTSpec | RewardSpec | PPOSpec | EvaluateSpec

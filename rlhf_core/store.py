@@ -60,7 +60,7 @@ class Store:
         try:
             return call()
         except FileNotFoundError as error:
-            if verb in ("write", "upload"):  # e.g. no such bucket: what a writer looks for is never merely absent
+            if verb in ("write", "upload") or "bucket" in str(error):  # no such bucket is never merely absent
                 raise StoreError(f"{verb} {self.url}/{key}: {error}") from error
             raise KeyError(key) from None
         except (AlreadyExists, StoreError):

@@ -85,18 +85,19 @@ def build_stage(
 
 def job_of(store: Store, config: PipelineConfig, planned: StagePlan) -> JobSpec:
     """The launch request of a planned stage."""
-    return JobSpec(
+    job = JobSpec(
         stage=planned.stage,
         store=store.url,
         output=planned.ref,
         attempt=1,  # run_job takes the next free number
-        job_id=f"{planned.ref.id}/{uuid.uuid4().hex[:12]}",  # by its beginning the launcher knows who builds the same
+        job_id="",
         spec=planned.spec,
         identity=planned.identity,
         inputs=planned.inputs,
         model=config.model,
         resources=config.resources.of(planned.stage),
     )
+    return job.model_copy(update={"job_id": f"{job.family}{uuid.uuid4().hex[:12]}"})
 
 
 def find(store: Store, ref: ArtifactRef) -> Manifest | None:

@@ -47,7 +47,7 @@ def make_data(store: Store, work: Path, rows: int = 96) -> ArtifactRef:
     for _ in range(rows):
         prompt = rng.integers(2, 32, rng.integers(2, 7)).tolist()
         good = [prompt[0]] * int(rng.integers(2, 7)) + [1]
-        bad = rng.integers(2, 32, rng.integers(1, 8)).tolist() + [1]
+        bad = [*rng.integers(2, 32, rng.integers(1, 8)).tolist(), 1]
         text = " ".join(WORDS[i - 2] for i in prompt)
         table["sft"].append(
             {

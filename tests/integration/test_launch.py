@@ -50,12 +50,13 @@ def make(store):
             store=store.url,
             output=ref,
             attempt=1,
-            job_id=f"{ref.id}/{uuid.uuid4().hex}",
+            job_id="",
             spec={"behave": behave},
             identity={},
             model=None,
             resources=Resources(processes=processes, threads=1, **resources),
         )
+        job = job.model_copy(update={"job_id": f"{job.family}{uuid.uuid4().hex}"})
         jobs.append(job)
         return job
 
@@ -253,7 +254,7 @@ def test_a_second_run_of_the_same_artifact_is_refused_and_the_first_goes_on(stor
     job = make("hang")
     process = run_in_a_process(store, job)
     before = hanging_ranks(job, 1)
-    error = failed(store, job.model_copy(update={"job_id": f"{job.output.id}/second"}))
+    error = failed(store, job.model_copy(update={"job_id": f"{job.family}second"}))
     assert error.reason == "busy" and f"pid {process.pid}" in str(error)
     assert ranks(job) == before
     process.terminate()
@@ -266,7 +267,7 @@ def test_of_runs_that_start_at_the_same_moment_one_goes_on(store, make):
 
     def one(name):
         try:
-            ends.append(run(store, job.model_copy(update={"job_id": f"{job.output.id}/{name}"})).job_id)
+            ends.append(run(store, job.model_copy(update={"job_id": f"{job.family}{name}"})).job_id)
         except JobFailed as error:
             ends.append(error.reason)
 
@@ -280,7 +281,7 @@ def test_of_runs_that_start_at_the_same_moment_one_goes_on(store, make):
 
 def test_leftovers_of_an_earlier_attempt_are_ended_before_a_new_one(store, make):
     job = make("succeed")
-    env = {**os.environ, "RLHF_JOB_ID": f"{job.output.id}/earlier"}
+    env = {**os.environ, "RLHF_JOB_ID": f"{job.family}earlier"}
     neighbour = make("hang")
     left = subprocess.Popen(["sleep", "1000"], env=env)
     other = subprocess.Popen(["sleep", "1000"], env={**os.environ, "RLHF_JOB_ID": neighbour.job_id})

@@ -95,7 +95,7 @@ def test_overrides_reach_nested_fields_and_lists_and_replace_the_models_origin(t
     )
     assert (config.ppo.kl.coef, config.data.sources[0].prompts, config.model.family) == (0.01, 20, "gpt2")
     for wrong in ("ppo.kl", "ppo.kl_coef=1", "data.sources.3.prompts=1", "name.x=1"):
-        with pytest.raises(ConfigError, match="ppo|data|name"):
+        with pytest.raises(ConfigError, match=r"ppo|data|name"):
             load_config(file, [wrong])
 
 

@@ -155,6 +155,18 @@ def test_two_processes_build_the_same_bytes_without_torch(tmp_path):
     assert first == second and len(first) > 20
 
 
+def test_the_tokenizer_is_trained_without_the_test_splits(tmp_path):
+    rows = pair_rows(200)
+    build(tmp_path / "a", sources=(files(tmp_path / "rows.jsonl", rows),))
+    held_out = set().union(
+        *(prompts for place, prompts in prompts_of(open_all(tmp_path / "a")).items() if "test" in place)
+    )
+    other = [row | {"chosen": " xyzzy", "answer": " xyzzy"} if row["prompt"] in held_out else row for row in rows]
+    build(tmp_path / "b", sources=(files(tmp_path / "rows.jsonl", other),))
+    first, second = ((tmp_path / name / "tokenizer" / "tokenizer.json").read_text() for name in ("a", "b"))
+    assert held_out and first == second
+
+
 def test_another_seed_splits_otherwise(tmp_path):
     source = files(tmp_path / "a.jsonl", pair_rows(200))
     for seed in (0, 1):

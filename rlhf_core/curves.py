@@ -148,8 +148,8 @@ def number(value: float | None, digits: int = 3) -> str:
     """A number with `digits` significant digits, a true minus, and an exponent only far from 1; "–" for none."""
     if value is None or not math.isfinite(value):
         return "–"
-    if value == 0:
-        return "0"
+    if isinstance(value, int) or value == 0:
+        return f"−{-value:,}" if value < 0 else f"{value:,.0f}"
     size = abs(value)
     if size >= 10**6 or size < 10**-3:
         text = re.sub(r"e([+-])0*", lambda m: "e" + m[1].strip("+"), f"{size:.1e}")

@@ -1,8 +1,8 @@
 """The quickstart task: preference data from a seed, with a known gold reward.
 
 A person asks for a number of things of one kind ("Name three fruits for my friend Ann."); a sloppy demonstrator answers
-with a list and a closing phrase. What makes an answer good is defined in four parts, each in [0, 1]: the asked `count`,
-the asked `category`, `distinct` items, a polite `ending`; `gold` is their mean. Stages see demonstrations and noisy
+with an opening phrase and a list ("Gladly: plum, fig and kiwi."). What makes an answer good is defined in four parts, each in [0, 1]: the asked `count`,
+the asked `category`, `distinct` items, a `polite` opening; `gold` is their mean. Stages see demonstrations and noisy
 preferences and never a gold value, so gold measures whether RLHF found what the labels only hint at. Carefulness varies by
 answer, not by item: a good answer is thus a mode that the demonstrator has, not a miracle to be sampled. Standard library
 only. Left out: tokenization and the split by prompt, which belong to the data stage.
@@ -36,9 +36,9 @@ RELATIONS: tuple[str, ...] = ("my friend", "my cousin", "my teacher", "our guest
 NAMES: tuple[str, ...] = (
     "Ann", "Ben", "Sam", "Tom", "Eve", "Max", "Joe", "Kim", "Lea", "Ida", "Leo", "Mia", "Amy", "Tim", "Zoe", "Ray",
 )  # fmt: skip
-POLITE_ENDINGS: tuple[str, ...] = ("Sure:", "Gladly:", "Of course:", "With pleasure:")
-CURT_ENDINGS: tuple[str, ...] = ("", "Well:", "Whatever:", "If I must:")
-PARTS: tuple[str, ...] = ("count", "category", "distinct", "ending")
+POLITE_OPENINGS: tuple[str, ...] = ("Sure:", "Gladly:", "Of course:", "With pleasure:")
+CURT_OPENINGS: tuple[str, ...] = ("", "Well:", "Whatever:", "If I must:")
+PARTS: tuple[str, ...] = ("count", "category", "distinct", "polite")
 
 # The demonstrator. Every answer is careful or careless in each respect by itself.
 CAREFUL_COUNT = 0.25  # probability of the asked count; otherwise any of 1..MOST_ITEMS
@@ -103,7 +103,7 @@ def distinct_prompts() -> int:
 def gold(prompt: str, response: str) -> dict[str, float]:
     """Scores a response by the task's definition, which no stage sees as a label.
 
-    Every word before the closing phrase, save "and", is an entry of the list, so that unknown words cost as much as wrong
+    Every word after the opening phrase, save "and", is an entry of the list, so that unknown words cost as much as wrong
     items. A response without any known item scores 0 in every part.
 
     Args:
@@ -112,21 +112,23 @@ def gold(prompt: str, response: str) -> dict[str, float]:
 
     Returns:
         The parts, each in [0, 1], and `gold`, their mean:
-        `count` = max(0, 1 - |entries - asked| / asked); `category` = share of entries of the asked category;
-        `distinct` = share of entries after the first that are new; `ending` = 1 if the text ends with a polite phrase.
+        `count` = max(0, 1 - 2 |different entries - asked| / asked); `category` = different entries of the asked category
+        over the asked number, or over all different entries if those are more; `distinct` = max(0, 1 - repeated entries /
+        different ones); `polite` = 1 for a polite opening.
     """
     number, category = _asked(prompt)
-    body, polite = _split_ending(response)
+    body, polite = _split_opening(response)
     entries = [word for word in re.findall(r"\w+", body.lower()) if word != "and"]
     parts = dict.fromkeys(PARTS, 0.0)
     if any(entry in _CATEGORY_OF for entry in entries):
-        different = len(set(entries))
+        different = set(entries)
         if number is not None:
-            parts["count"] = max(0.0, 1 - abs(different - number) / number)
-        if category is not None:
-            parts["category"] = sum(_CATEGORY_OF.get(entry) == category for entry in entries) / len(entries)
-        parts["distinct"] = max(0.0, 1 - (len(entries) - different) / different)
-        parts["ending"] = float(polite)
+            parts["count"] = max(0.0, 1 - 2 * abs(len(different) - number) / number)
+        if number is not None and category is not None:
+            right = sum(_CATEGORY_OF.get(entry) == category for entry in different)
+            parts["category"] = right / max(len(different), number)
+        parts["distinct"] = max(0.0, 1 - (len(entries) - len(different)) / len(different))
+        parts["polite"] = float(polite)
     return parts | {"gold": sum(parts.values()) / len(PARTS)}
 
 
@@ -151,12 +153,12 @@ def _asked(prompt: str) -> tuple[int | None, str | None]:
     return number, next((word for word in words if word in CATEGORIES), None)
 
 
-def _split_ending(response: str) -> tuple[str, bool]:
-    """Returns the response without its closing phrase, and whether that phrase is a polite one."""
+def _split_opening(response: str) -> tuple[str, bool]:
+    """Returns the response without its opening phrase, and whether that phrase is a polite one."""
     text = response.strip()
-    for ending in POLITE_ENDINGS + CURT_ENDINGS:
-        if ending and text.startswith(ending):
-            return text[len(ending) :], ending in POLITE_ENDINGS
+    for opening in POLITE_OPENINGS + CURT_OPENINGS:
+        if opening and text.startswith(opening):
+            return text[len(opening) :], opening in POLITE_OPENINGS
     return text, False
 
 
@@ -171,6 +173,6 @@ def _demonstrate(rng: random.Random, number: int, category: str) -> str:
         if item not in items:
             items.append(item)
     items = [f"{item} {item}" if rng.random() < stutter else item for item in items]
-    ending = rng.choice(POLITE_ENDINGS if rng.random() < POLITE else CURT_ENDINGS)
+    opening = rng.choice(POLITE_OPENINGS if rng.random() < POLITE else CURT_OPENINGS)
     listing = items[0] if length == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
-    return f" {ending} {listing}." if ending else f" {listing}."
+    return f" {opening} {listing}." if opening else f" {listing}."

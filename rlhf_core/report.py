@@ -39,6 +39,7 @@ HEADLINES = {
     "data": ("rows_kept", "vocabulary"),
     "sft": ("steps", "eval_loss", "eval_perplexity", "tokens_per_second"),
     "reward": ("steps", "eval_accuracy", "eval_loss", "tokens_per_second"),
+    "evaluate": ("gold_gain", "reward_gain", "win_rate", "kl_sequence"),
     "ppo": ("steps", "score_first", "score_last", "kl_sequence_last", "tokens_per_second"),
 }
 TAX_LIMIT = 10  # perplexity of PPO over SFT
@@ -285,12 +286,12 @@ def _lineage(lineage: Sequence[Mapping[str, Any]]) -> str:
         names = names or [n for n, v in metrics.items() if is_number(v)][:4]
         facts = ", ".join(f"{escape(n.replace('_', ' '))} <b>{number(metrics[n])}</b>" for n in names)
         cells = (
-            escape(entry["stage"]), f"<code>{escape(entry['id'])}</code>", escape(str(entry.get("created") or "–")),
+            escape(entry["stage"]), f"<code>{escape(entry['id'])}</code>", _when(entry.get("created")),
             _duration(entry.get("seconds")), facts or "–",
         )  # fmt: skip
         rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     heads = "".join(f'<th scope="col">{h}</th>' for h in ("Stage", "Artifact", "Created", "Took", "Metrics"))
-    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead>{rows}</table></div>'
+    return f'<div class="wide"><table class="lineage"><thead><tr>{heads}</tr></thead>{rows}</table></div>'
 
 
 def _estimate(cell: Interval | None, places: int, scale: float = 1, signed: bool = False) -> str:
@@ -301,6 +302,12 @@ def _estimate(cell: Interval | None, places: int, scale: float = 1, signed: bool
 
 def _range(cell: Interval, places: int, signed: bool = False, scale: float = 1) -> str:
     return f"{fixed(scale * cell['low'], places, signed)} to {fixed(scale * cell['high'], places, signed)}"
+
+
+def _when(created: Any) -> str:
+    """2026-11-22T17:13:14+00:00 as 2026-11-22 17:13 UTC; anything else as it is."""
+    text = re.sub(r"^(\S{10})T(\d\d:\d\d):\d\d\+00:00$", r"\1 \2 UTC", str(created or "–"))
+    return escape(text)
 
 
 def _duration(seconds: Any) -> str:

@@ -44,6 +44,7 @@ tr:last-child>*{border-bottom:0}
 thead th{font-size:13px;color:var(--soft);font-weight:600}
 tbody th{font-weight:500}
 .numbers td,.numbers thead th{font-variant-numeric:tabular-nums;white-space:nowrap}
+.lineage td:not(:last-child),.lineage code{white-space:nowrap}
 .part th{padding-left:30px;color:var(--soft)}
 .none{color:var(--soft)}
 article{background:var(--card);border:1px solid var(--line);border-radius:8px;margin:0 0 10px;overflow:hidden}

@@ -224,7 +224,7 @@ def test_only_noise_is_smoothed():
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0, "0"), (0.5, "0.500"), (-12.345, "−12.3"), (123.4, "123"), (12345, "12,345"), (3e-5, "3.0e-5"),
-     (2.5e7, "2.5e7"), (math.nan, "–"), (None, "–"), (0.00123, "0.00123")],
+     (2.5e7, "2.5e7"), (60, "60"), (-7, "−7"), (math.nan, "–"), (None, "–"), (0.00123, "0.00123")],
 )  # fmt: skip
 def test_numbers_are_short_and_readable(value, text):
     assert curves.number(value) == text

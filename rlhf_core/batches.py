@@ -5,12 +5,26 @@ numbers of rows and similar lengths; every rank runs the same number of forward 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset, load_from_disk
 from torch import Tensor
 
 from rlhf_core.errors import DataError
+
+Row = dict[str, Any]
+
+
+def open_rows(path: Path) -> Dataset:
+    """A split of the data artifact, memory-mapped. DataError if the data stage left none."""
+    if not path.exists():
+        raise DataError(f"data.shares.{path.parent.name}: is 0, so there is no data for it; give it a share")
+    data = load_from_disk(str(path))
+    assert isinstance(data, Dataset)
+    return data
 
 
 def total_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None, stage: str) -> int:

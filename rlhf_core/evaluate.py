@@ -25,7 +25,7 @@ from rlhf_core.distributed import gather, start
 from rlhf_core.errors import DataError, NonFiniteError
 from rlhf_core.models import ValueModel, base_model, check_positions, forward_inputs, load_causal_lm, load_tokenizer
 from rlhf_core.report import write_report
-from rlhf_core.rollout import Rollout, Sampling, generate
+from rlhf_core.rollout import Rollout, Sampling, generate, noise_seed
 from rlhf_core.scoring import end_scores, response_scores, target_logprobs
 from rlhf_core.specs import EvaluateSpec
 
@@ -112,7 +112,7 @@ class Evaluator:
                 [self.prompts[i]["prompt_ids"] for i in rows],
                 rows,
                 self.sampling,
-                seed=self.context.seed,
+                seed=noise_seed(self.context.seed, "evaluate"),
                 eos=self.tokenizer.eos_token_id,
                 pad=self.tokenizer.pad_token_id,
                 batch_size=len(rows),

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from rlhf_core.batches import step_rows
+from rlhf_core.batches import open_rows, step_rows
 from rlhf_core.context import JobContext
 from rlhf_core.errors import DataError
 from rlhf_core.experience import Experience
 from rlhf_core.models import load_tokenizer
 from rlhf_core.ppo_trainer import DeepSpeedPPOTrainer
 from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine, PPOArgs
-from rlhf_core.sft import _open
 from rlhf_core.specs import PPOSpec
 
 SAMPLES_LOGGED = 4
@@ -32,7 +31,7 @@ class PPOStage:
         self.spec = PPOSpec.model_validate(context.job.spec)
         data = context.input("data")
         tokenizer = load_tokenizer(data / "tokenizer")
-        self.rows = _open(data / "ppo" / "train")
+        self.rows = open_rows(data / "ppo" / "train")
         if not len(self.rows):
             raise DataError("data.shares.ppo: no prompt is left for PPO; raise the share or give more data")
         args = PPOArgs(self.spec, context.job.resources, context.seed)

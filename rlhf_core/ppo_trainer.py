@@ -251,7 +251,7 @@ class DeepSpeedPPOTrainer:
         scale = self.ranks.world / count
         lengths = (e.prompt_mask[chosen].sum(1) + e.response_mask[chosen].sum(1)).tolist()
         lr = set_lr(engine.actor, self.optimizer_step, spec.actor_optim, self.total_steps)
-        set_lr(engine.critic, self.optimizer_step, spec.critic_optim, self.total_steps)
+        critic_lr = set_lr(engine.critic, self.optimizer_step, spec.critic_optim, self.total_steps)
         sums, largest = np.zeros(6), 0.0
         for part in deal(lengths, self.ranks.rank, self.ranks.world, self.resources.micro_batch):
             index = chosen[torch.tensor(part)]
@@ -272,6 +272,7 @@ class DeepSpeedPPOTrainer:
             **{name: value / count for name, value in zip(names, totals, strict=True)},
             "ratio_deviation": largest,
             "lr_actor": lr,
+            "lr_critic": critic_lr,
             "actor_grad_norm": grad_norm(engine.actor) if actor_on else 0.0,
             "critic_grad_norm": grad_norm(engine.critic),
         }

@@ -1,11 +1,11 @@
 """The quickstart task: preference data from a seed, with a known gold reward.
 
 A person asks for a number of things of one kind ("Name three fruits for my friend Ann."); a sloppy demonstrator answers
-with an opening phrase and a list ("Gladly: plum, fig and kiwi."). What makes an answer good is defined in four parts, each in [0, 1]: the asked `count`,
-the asked `category`, `distinct` items, a `polite` opening; `gold` is their mean. Stages see demonstrations and noisy
-preferences and never a gold value, so gold measures whether RLHF found what the labels only hint at. Carefulness varies by
-answer, not by item: a good answer is thus a mode that the demonstrator has, not a miracle to be sampled. Standard library
-only. Left out: tokenization and the split by prompt, which belong to the data stage.
+with an opening phrase and a list ("Gladly: plum, fig and kiwi."). What makes an answer good is defined in four parts, each
+in [0, 1]: the asked `count`, the asked `category`, `distinct` items, a `polite` opening; `gold` is their mean. Stages see
+demonstrations and noisy preferences and never a gold value, so gold measures whether RLHF found what the labels only hint
+at. Carefulness varies by answer, not by item: a good answer is thus a mode that the demonstrator has, not a miracle to be
+sampled. Standard library only. Left out: tokenization and the split by prompt, which belong to the data stage.
 """
 
 import math
@@ -38,6 +38,7 @@ NAMES: tuple[str, ...] = (
 )  # fmt: skip
 POLITE_OPENINGS: tuple[str, ...] = ("Sure:", "Gladly:", "Of course:", "With pleasure:")
 CURT_OPENINGS: tuple[str, ...] = ("", "Well:", "Whatever:", "If I must:")
+VERSION = 1  # raise it with any change below: data of another version is built anew
 PARTS: tuple[str, ...] = ("count", "category", "distinct", "polite")
 
 # The demonstrator. Every answer is careful or careless in each respect by itself.

@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_core.batches import deal, right_pad, step_rows, total_steps
+from rlhf_core.batches import Row, deal, open_rows, right_pad, step_rows, total_steps
 from rlhf_core.context import JobContext
 from rlhf_core.distributed import gather, start, sum_over_ranks
 from rlhf_core.engine import check_finite, full_state, grad_norm, set_lr, train_engine
 from rlhf_core.models import ValueModel, base_model, load_causal_lm, load_tokenizer, save_value_model
 from rlhf_core.scoring import end_scores
-from rlhf_core.sft import Row, _open
 from rlhf_core.specs import RewardSpec
 from rlhf_core.stats import wilson_interval
 
@@ -35,8 +34,8 @@ class RewardTrainer:
         self.ranks = start(context.seed)
         data = context.input("data")
         self.tokenizer = load_tokenizer(data / "tokenizer")
-        self.train_rows = _open(data / "reward" / "train")
-        self.test_rows = _open(data / "reward" / "test")
+        self.train_rows = open_rows(data / "reward" / "train")
+        self.test_rows = open_rows(data / "reward" / "test")
         self.steps = total_steps(
             len(self.train_rows), self.spec.batch_size, self.spec.epochs, self.spec.max_steps, "reward"
         )

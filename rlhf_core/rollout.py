@@ -6,6 +6,7 @@ softmax(logits / temperature), and with top-k or top-p renormalised over the kep
 bits), so that training can evaluate the same distribution. Generation ends when every row has emitted EOS.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -57,6 +58,11 @@ class Rollout:
     def responses(self) -> list[list[int]]:
         """Token ids of each answer, EOS included where it was emitted."""
         return [row[mask.bool()].tolist() for row, mask in zip(self.response_ids, self.response_mask, strict=True)]
+
+
+def noise_seed(seed: int, stage: str) -> int:
+    """A seed of the sampling noise for a stage of its own: stages with one seed do not share their noise."""
+    return int.from_bytes(hashlib.sha256(f"{stage}:{seed}".encode()).digest()[:8], "little")
 
 
 def uniform(seed: int, sample_ids: np.ndarray, position: int) -> np.ndarray:

@@ -9,18 +9,15 @@ import time
 from typing import Any
 
 import torch
-from datasets import Dataset, load_from_disk
 from torch import Tensor
 
-from rlhf_core.batches import deal, right_pad, step_rows, total_steps
+from rlhf_core.batches import Row, deal, open_rows, right_pad, step_rows, total_steps
 from rlhf_core.context import JobContext
 from rlhf_core.distributed import start, sum_over_ranks
 from rlhf_core.engine import check_finite, full_state, grad_norm, set_lr, train_engine
 from rlhf_core.models import base_model, check_positions, forward_inputs, load_tokenizer, save_causal_lm
 from rlhf_core.scoring import target_logprobs
 from rlhf_core.specs import SFTSpec
-
-Row = dict[str, Any]
 
 
 class SFTTrainer:
@@ -33,8 +30,8 @@ class SFTTrainer:
         self.ranks = start(context.seed)
         data = context.input("data")
         self.tokenizer = load_tokenizer(data / "tokenizer")
-        self.train_rows = _open(data / "sft" / "train")
-        self.test_rows = _open(data / "sft" / "test")
+        self.train_rows = open_rows(data / "sft" / "train")
+        self.test_rows = open_rows(data / "sft" / "test")
         self.steps = total_steps(
             len(self.train_rows), self.spec.batch_size, self.spec.epochs, self.spec.max_steps, "sft"
         )
@@ -138,12 +135,6 @@ class SFTTrainer:
         state = full_state(self.engine)
         if self.context.is_main:
             save_causal_lm(self.engine.module, state, self.tokenizer, self.context.out / "model")
-
-
-def _open(path: Any) -> Dataset:
-    data = load_from_disk(str(path))
-    assert isinstance(data, Dataset)
-    return data
 
 
 def run(context: JobContext) -> dict[str, Any]:

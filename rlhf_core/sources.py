@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlhf_core import quickstart
 from rlhf_core.artifacts import sha256_file
 from rlhf_core.errors import ConfigError, StoreError
-from rlhf_core.specs import DataSpec, FileSource, ModelSpec
+from rlhf_core.specs import DataSpec, FileSource, ModelSpec, QuickstartSource
 
 # What defines a model or tokenizer folder; other files (README, optimizer states) do not.
 MODEL_FILES = ("*.json", "*.safetensors", "*.gguf", "*.model", "*.txt", "*.jinja")
@@ -130,6 +131,8 @@ def data_identity(spec: DataSpec, of: Digest = content_id) -> dict[str, Any]:
     """Identity of a data spec: paths replaced by digests."""
     dumped = spec.model_dump(mode="json")
     for i, source in enumerate(spec.sources):
+        if isinstance(source, QuickstartSource):
+            dumped["sources"][i]["version"] = quickstart.VERSION
         if isinstance(source, FileSource):
             dumped["sources"][i]["paths"] = [of(p, f"data.sources[{i}].paths") for p in source.paths]
     if spec.tokenizer.path:

@@ -40,7 +40,7 @@ def sample_pairs(
         Each row with its pair, or None where all answers have the same gold; and the mean gold of all answers, of the
         chosen and of the rejected ones.
     """
-    from rlhf_core.rollout import sample_texts
+    from rlhf_core.rollout import noise_seed, sample_texts
 
     plan, model = spec.sampled_pairs, context.job.model
     assert plan is not None and model is not None and model.path is not None
@@ -53,7 +53,7 @@ def sample_pairs(
         max_new_tokens=spec.max_response_tokens,
         temperature=plan.temperature,
         samples=plan.per_prompt,
-        seed=context.seed,
+        seed=noise_seed(context.seed, "data"),
         batch_size=context.job.resources.rollout_micro_batch,
         on_batch=lambda done: context.progress(done, total, "sample", unit="answers"),
     )

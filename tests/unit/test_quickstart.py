@@ -30,7 +30,9 @@ def test_each_part_of_gold_has_its_value(response, count, category, distinct, po
     assert parts["gold"] == pytest.approx((count + category + distinct + polite) / 4)
 
 
-@pytest.mark.parametrize("response", ["", " ", " Gladly:", " and and and", " xyzzy", "\x00\u2028" * 9, " Gladly: ." * 50])
+@pytest.mark.parametrize(
+    "response", ["", " ", " Gladly:", " and and and", " xyzzy", "\x00\u2028" * 9, " Gladly: ." * 50]
+)
 def test_an_answer_without_a_known_item_is_worth_nothing_however_polite(response):
     assert set(gold(PROMPT, response).values()) == {0.0}
 

@@ -11,6 +11,7 @@ from rlhf_core.config import PipelineConfig
 from rlhf_core.errors import ConfigError
 from rlhf_core.gold import gold_reward
 from rlhf_core.plan import StagePlan, make_plan, plan_stage, stage_refs
+from rlhf_core.sources import check_positions
 from rlhf_core.specs import STAGES, StageName
 from rlhf_core.store import Store
 
@@ -45,6 +46,8 @@ def plan_run(
     for judged in (config.data.sampled_pairs, config.evaluate):
         if judged and judged.gold:
             gold_reward(judged.gold)  # it may need a package, and evaluation comes last
+    answers = max(config.data.max_response_tokens, config.ppo.max_response_tokens or 0)
+    check_positions(config.model, config.data.max_prompt_tokens, answers)
     if only:
         return [plan_single(config, only, store, only in force)]
     return make_plan(config, store, force)

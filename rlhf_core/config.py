@@ -71,7 +71,7 @@ class PipelineConfig(Frozen):
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> PipelineConfig:
-    """Read a YAML file and apply overrides like `ppo.kl.coef=0.1`; ConfigError on anything wrong."""
+    """Read a YAML file and apply overrides like `ppo.kl_coef=0.1`; ConfigError on anything wrong."""
     file = Path(path)
     try:
         raw = yaml.safe_load(file.read_text())
@@ -101,7 +101,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "configuration") -> Pipeli
 def _apply(raw: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise ConfigError(f"--set {override!r}: write key=value, e.g. --set ppo.kl.coef=0.1")
+        raise ConfigError(f"--set {override!r}: write key=value, e.g. --set ppo.kl_coef=0.1")
     *parents, last = path.split(".")
     node: Any = raw
     for i, key in enumerate(parents):
@@ -139,7 +139,7 @@ def _item(node: list[Any], key: str, override: str) -> Any:
 
 
 def _explain(error: dict[str, Any], raw: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"]) or "configuration"
+    where = "".join(f"{part}." for part in error["loc"]).rstrip(".")
     if error["type"] == "extra_forbidden":
         known = _fields_at([p for p in error["loc"][:-1]])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
@@ -148,7 +148,7 @@ def _explain(error: dict[str, Any], raw: Mapping[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     value = error.get("input")
     shown = f" (is {value!r})" if not isinstance(value, dict | BaseModel) and error["type"] != "missing" else ""
-    return f"{where}: {message}{shown}"
+    return (f"{where}: " if where else "") + message + shown
 
 
 def _fields_at(loc: list[Any]) -> list[str]:

@@ -45,7 +45,7 @@ class DeepSpeedPPOTrainer:
         self.spec, self.resources = self.args.spec, self.args.resources
         self.ranks = engine.ranks
         self.tokenizer = engine.tokenizer
-        self.kl_coef = self.spec.kl.coef
+        self.kl_coef = self.spec.kl_coef
         self.iteration = 0
         self.optimizer_step = 0
         self.samples = 0
@@ -207,7 +207,7 @@ class DeepSpeedPPOTrainer:
                 updates += 1
                 for name, value in stats.items():
                     sums[name] += value
-                limit = self.spec.kl.stop
+                limit = self.spec.kl_stop
                 if limit is not None and stats["approx_kl"] > limit:
                     stopped = True
                     break
@@ -228,7 +228,7 @@ class DeepSpeedPPOTrainer:
         """Advantages (whitened if the spec says so) and returns of the global batch, `[batch, response]` each."""
         spec, mask = self.spec, e.response_mask
         scores = pm.shaped_scores(e.scores, e.ended, spec.score_clip, spec.missing_eos_penalty, spec.missing_eos)
-        kl = pm.kl_estimate(e.logprobs, e.ref_logprobs, spec.kl.estimator)
+        kl = pm.kl_estimate(e.logprobs, e.ref_logprobs, spec.kl_estimator)
         rewards = pm.token_rewards(scores, kl, mask, self.kl_coef)
         if spec.whiten_rewards:
             rewards = pm.whiten(rewards, mask, shift_mean=False)
@@ -238,9 +238,10 @@ class DeepSpeedPPOTrainer:
         return advantages, returns
 
     def _adapt_kl(self, episodes: int) -> None:
-        kl = self.spec.kl
-        if kl.controller == "adaptive" and "kl_sequence" in self.metrics:
-            self.kl_coef = pm.adapt_kl_coef(self.kl_coef, self.metrics["kl_sequence"], kl.target, episodes, kl.horizon)
+        spec = self.spec
+        if spec.kl_controller == "adaptive" and "kl_sequence" in self.metrics:
+            observed = self.metrics["kl_sequence"]
+            self.kl_coef = pm.adapt_kl_coef(self.kl_coef, observed, spec.kl_target, episodes, spec.kl_horizon)
 
     def _update(
         self, e: Experience, advantages: Tensor, returns: Tensor, chosen: Tensor, actor_on: bool

@@ -119,7 +119,7 @@ def warnings(evaluation: Mapping[str, Any]) -> list[str]:
     reward, gold = gains.get("reward"), gains.get("gold")
     if reward and gold and reward["low"] > 0 >= gold["low"]:
         found.append(
-            "The reward model's score rose and gold did not: the actor exploits the reward model. Raise ppo.kl.coef, "
+            "The reward model's score rose and gold did not: the actor exploits the reward model. Raise ppo.kl_coef, "
             "take fewer steps, or train the reward model on more pairs."
         )
     if not sft or not ppo:
@@ -137,7 +137,7 @@ def warnings(evaluation: Mapping[str, Any]) -> list[str]:
         if tax > TAX_LIMIT:
             found.append(
                 f"Held-out SFT answers surprise PPO {number(tax)} times as much as SFT (perplexity): right if they were "
-                "poor examples; forgetting if they were good ones, then raise ppo.kl.coef."
+                "poor examples; forgetting if they were good ones, then raise ppo.kl_coef."
             )
     return found
 

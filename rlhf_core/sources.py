@@ -138,3 +138,22 @@ def data_identity(spec: DataSpec, of: Digest = content_id) -> dict[str, Any]:
     if spec.tokenizer.path:
         dumped["tokenizer"]["path"] = of(spec.tokenizer.path, "data.tokenizer.path")
     return dumped
+
+
+def check_positions(model: ModelSpec, prompt: int, response: int) -> None:
+    """ConfigError if a pretrained model on this disk has too few positions for the longest prompt and response.
+
+    Hub names and .gguf files are checked by the job, when it has loaded them.
+    """
+    if model.path is None or (is_hub_name(model.path) and not Path(model.path).exists()):
+        return
+    file = local_path(model.path, "model.path") / "config.json"
+    if not file.is_file():
+        return
+    config = json.loads(file.read_text())
+    limit = config.get("max_position_embeddings") or config.get("n_positions")
+    if isinstance(limit, int) and prompt + response > limit:
+        raise ConfigError(
+            f"data.max_prompt_tokens {prompt} + max_response_tokens {response} = {prompt + response} exceeds the "
+            f"{limit} positions of {model.path}; shorten one of them"
+        )

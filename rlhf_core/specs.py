@@ -216,21 +216,6 @@ class RewardSpec(StageSpec):
     eval_every: Positive | None = None
 
 
-class KLSpec(Frozen):
-    """Penalty for leaving the reference, paid per token in the reward: -coef * estimator(actor || reference)."""
-
-    coef: NonNegative = Field(default=0.05, description="N+ and TRL 0.05; N 0.15; DSC 0.1")
-    estimator: Literal["k1", "k2", "k3"] = Field(
-        default="k1", description="k1 = log p - log q; k2 = k1^2/2; k3 = q/p - 1 + k1"
-    )
-    controller: Literal["fixed", "adaptive"] = "fixed"
-    target: Annotated[float, Field(gt=0)] = Field(default=6.0, description="adaptive: nats per sequence (N: 6)")
-    horizon: Positive = Field(default=10_000, description="adaptive: episodes (N: 10000)")
-    stop: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="end the updates on a rollout once approx KL(old || new) per token exceeds this"
-    )
-
-
 class PPOSpec(StageSpec):
     """Proximal policy optimisation. Every constant of the algorithm is a field here."""
 
@@ -246,7 +231,17 @@ class PPOSpec(StageSpec):
     top_k: Annotated[int, Field(ge=0)] = Field(default=0, description="0 = off")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="1 = off")
     # reward
-    kl: KLSpec = KLSpec()
+    # The penalty for leaving the reference is paid per token in the reward: -kl_coef * estimate(KL(actor || reference)).
+    kl_coef: NonNegative = Field(default=0.05, description="N+ and TRL 0.05; N 0.15; DSC 0.1")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k1", description="k1 = log p - log q; k2 = k1^2/2; k3 = q/p - 1 + k1"
+    )
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    kl_target: Annotated[float, Field(gt=0)] = Field(default=6.0, description="adaptive: nats per sequence (N: 6)")
+    kl_horizon: Positive = Field(default=10_000, description="adaptive: episodes (N: 10000)")
+    kl_stop: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="end the updates on a rollout once approx KL(old || new) per token exceeds this"
+    )
     normalize_score: bool = Field(
         default=True, description="(score - mean) / std with the reward model's stored moments (N, RM 3)"
     )

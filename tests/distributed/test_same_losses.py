@@ -8,7 +8,7 @@ SPECS = {
     "reward": {"batch_size": 8, "max_steps": 5, "optim": {"lr": 1e-3}},
     "ppo": {
         "steps": 3, "rollout_batch_size": 16, "minibatches": 2, "ppo_epochs": 2, "max_response_tokens": 10,
-        "actor_optim": {"lr": 1e-3}, "critic_optim": {"lr": 1e-3}, "kl": {"controller": "adaptive"},
+        "actor_optim": {"lr": 1e-3}, "critic_optim": {"lr": 1e-3}, "kl_controller": "adaptive",
     },
 }  # fmt: skip
 NAMES = {

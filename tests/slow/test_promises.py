@@ -60,7 +60,7 @@ def test_a_second_run_reuses_everything_quickly_and_a_new_kl_builds_only_ppo_and
     began = time.monotonic()
     run(store)
     print(f"all reused: {time.monotonic() - began:.1f} s")
-    plan = make_plan(load_config(QUICKSTART, (f"store={store.url}", "ppo.kl.coef=0.3")), store)
+    plan = make_plan(load_config(QUICKSTART, (f"store={store.url}", "ppo.kl_coef=0.3")), store)
     assert [p.stage for p in plan if p.action == "build"] == ["ppo", "evaluate"]
 
 
@@ -70,7 +70,7 @@ def test_learning_rate_zero_leaves_gold_where_it_was(store):
 
 
 def test_a_huge_kl_coefficient_keeps_kl_near_zero(store):
-    m = run(store, "ppo.kl.coef=10", "ppo.steps=30")
+    m = run(store, "ppo.kl_coef=10", "ppo.steps=30")
     assert m["kl_sequence"] < 0.5 and abs(m["gold_gain"]) < 0.1
 
 
@@ -85,7 +85,7 @@ def test_another_family_learns_it_too(store):
 
 
 def test_kill_9_of_the_process_group_in_the_middle_of_ppo_leaves_nothing_and_the_next_run_goes_on(store):
-    sets = ("ppo.steps=25", "ppo.kl.coef=0.07")
+    sets = ("ppo.steps=25", "ppo.kl_coef=0.07")
     process = subprocess.Popen(
         command(QUICKSTART, store, *sets), cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -13,7 +13,7 @@ from rlhf_core.errors import ConfigError, NonFiniteError
 from rlhf_core.models import load_tokenizer
 from rlhf_core.ppo_trainer import DeepSpeedPPOTrainer
 from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine, PPOArgs, ppo_args
-from rlhf_core.specs import KLSpec, OptimSpec, PPOSpec
+from rlhf_core.specs import OptimSpec, PPOSpec
 
 
 @pytest.fixture
@@ -104,9 +104,7 @@ def test_critic_warmup_leaves_the_actor_alone(folders):
 
 
 def test_kl_stop_ends_the_updates_on_a_rollout(folders):
-    spec = PPOSpec(
-        max_response_tokens=6, ppo_epochs=4, minibatches=2, kl=KLSpec(stop=1e-6), actor_optim=OptimSpec(lr=1e-2)
-    )
+    spec = PPOSpec(max_response_tokens=6, ppo_epochs=4, minibatches=2, kl_stop=1e-6, actor_optim=OptimSpec(lr=1e-2))
     trainer = DeepSpeedPPOTrainer(engine=engine_of(folders, spec))
     trainer.train_rlhf(trainer.generate_experience(prompts()))
     assert trainer.metrics["kl_stopped"] == 1 and trainer.metrics["updates"] < 8

@@ -94,10 +94,10 @@ def test_plan_says_for_each_stage_what_will_happen_and_why(file, capfd):
 
 
 def test_plan_names_the_field_that_makes_a_stage_build_anew(file, published, capfd):
-    _, out, _ = rlhf(capfd, "plan", file, "--set", "ppo.kl.coef=0.2")
+    _, out, _ = rlhf(capfd, "plan", file, "--set", "ppo.kl_coef=0.2")
     rows = {line.split()[0]: line for line in out.splitlines()[1:]}
     assert [stage for stage in STAGES if " reuse " in rows[stage]] == ["data", "sft", "reward"]
-    assert "kl.coef: 0.05 -> 0.2" in rows["ppo"]
+    assert "kl_coef: 0.05 -> 0.2" in rows["ppo"]
     assert "input ppo changed" in rows["evaluate"]
 
 
@@ -121,7 +121,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(file, capfd, tmp_path):
     ("words", "message"),
     [
         (["plan", "nowhere.yaml"], "no such file; there are: small.yaml"),
-        (["plan", "small.yaml", "--set", "ppo.kl.coeff=1"], "did you mean 'coef'?"),
+        (["plan", "small.yaml", "--set", "ppo.kl_coeff=1"], "did you mean 'kl_coef'?"),
         (["plan", "small.yaml", "--set", "sft.batch_size"], "write key=value"),
         (["plan", "small.yaml", "--force", "rm"], "the stages are data, sft, reward, ppo, evaluate"),
         (["run", "small.yaml", "--stage", "rm"], "is no stage"),

@@ -45,7 +45,7 @@ def test_resources_and_store_do_not_change_fingerprints_but_specs_and_seed_do():
     refs = stage_refs(parse_config(BASE))
     elsewhere = stage_refs(parse_config({**BASE, "store": "s3://b/x", "resources": {"processes": 2, "zero_stage": 3}}))
     assert refs == elsewhere
-    kl = stage_refs(parse_config({**BASE, "ppo": {"kl": {"coef": 0.2}}}))
+    kl = stage_refs(parse_config({**BASE, "ppo": {"kl_coef": 0.2}}))
     assert [s for s in refs if refs[s] != kl[s]] == ["ppo", "evaluate"]
     assert all(refs[s] != r for s, r in stage_refs(parse_config({**BASE, "seed": 1})).items())
     revised = stage_refs(parse_config({**BASE, "reward": {"revision": 2}}))
@@ -68,7 +68,7 @@ def test_a_moved_data_file_keeps_its_fingerprint_and_a_changed_one_does_not(tmp_
     ("change", "words"),
     [
         ({"modl": 1}, ["modl", "unknown key", "did you mean 'model'"]),
-        ({"ppo": {"kl": {"ceof": 1}}}, ["ppo.kl.ceof", "did you mean 'coef'"]),
+        ({"ppo": {"kl_ceof": 1}}, ["ppo.kl_ceof", "did you mean 'kl_coef'"]),
         ({"ppo": {"steps": 0}}, ["ppo.steps", "greater than or equal to 1", "0"]),
         ({"ppo": {"rollout_batch_size": 10, "minibatches": 4}}, ["rollout_batch_size 10", "minibatches 4"]),
         ({"sft": {"batch_size": 5}, "resources": {"processes": 2}}, ["sft.batch_size = 5", "2 processes"]),
@@ -91,10 +91,10 @@ def test_overrides_reach_nested_fields_and_lists_and_replace_the_models_origin(t
     file = tmp_path / "c.yaml"
     file.write_text("name: demo\nmodel: {path: somewhere}\ndata: {sources: [{kind: quickstart, prompts: 10}]}\n")
     config = load_config(
-        file, ["ppo.kl.coef=1e-2", "data.sources.0.prompts=20", "model.family=gpt2", "model.positions=512"]
+        file, ["ppo.kl_coef=1e-2", "data.sources.0.prompts=20", "model.family=gpt2", "model.positions=512"]
     )
-    assert (config.ppo.kl.coef, config.data.sources[0].prompts, config.model.family) == (0.01, 20, "gpt2")
-    for wrong in ("ppo.kl", "ppo.kl_coef=1", "data.sources.3.prompts=1", "name.x=1"):
+    assert (config.ppo.kl_coef, config.data.sources[0].prompts, config.model.family) == (0.01, 20, "gpt2")
+    for wrong in ("ppo.kl", "ppo.klcoef=1", "data.sources.3.prompts=1", "name.x=1"):
         with pytest.raises(ConfigError, match=r"ppo|data|name"):
             load_config(file, [wrong])
 
@@ -212,9 +212,9 @@ def test_the_plan_says_why_a_stage_will_be_built(tmp_path):
         publish(store, Manifest(ref=plan.ref, spec=plan.identity, inputs=plan.inputs, files=()))
     assert all(p.action == "reuse" for p in make_plan(config, store))
     assert [p.action for p in make_plan(config, store, force=("sft",))].count("build") == 1
-    changed = {p.stage: p for p in make_plan(parse_config({**BASE, "ppo": {"kl": {"coef": 0.2}}}), store)}
+    changed = {p.stage: p for p in make_plan(parse_config({**BASE, "ppo": {"kl_coef": 0.2}}), store)}
     assert [s for s, p in changed.items() if p.action == "build"] == ["ppo", "evaluate"]
-    assert f"nearest {first['ppo'].ref.id}: kl.coef: 0.05 -> 0.2" in changed["ppo"].why
+    assert f"nearest {first['ppo'].ref.id}: kl_coef: 0.05 -> 0.2" in changed["ppo"].why
     assert "input ppo changed" in changed["evaluate"].why
 
 
@@ -248,7 +248,7 @@ def test_exit_codes_say_what_is_worth_another_attempt():
 
 def test_ppo_defaults_are_the_reference_values():
     spec = PPOSpec()
-    assert (spec.gamma, spec.lam, spec.clip, spec.value_clip, spec.ppo_epochs, spec.kl.coef) == (
+    assert (spec.gamma, spec.lam, spec.clip, spec.value_clip, spec.ppo_epochs, spec.kl_coef) == (
         1.0,
         0.95,
         0.2,

@@ -173,7 +173,7 @@ def _demonstrate(rng: random.Random, number: int, category: str) -> str:
         item = rng.choice(CATEGORIES[category] if rng.random() < in_category else _ITEMS)
         if item not in items:
             items.append(item)
-    items = [f"{item} {item}" if rng.random() < stutter else item for item in items]
+    items = [f"{item} {item}" if rng.random() < stutter else item for item in sorted(items)]
     opening = rng.choice(POLITE_OPENINGS if rng.random() < POLITE else CURT_OPENINGS)
     listing = items[0] if length == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
     return f" {opening} {listing}." if opening else f" {listing}."

@@ -17,10 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
 from rlhf_core.errors import ConfigError
 from rlhf_core.sources import resolve_model
 from rlhf_core.specs import ModelSpec
+
+transformers_logging.disable_progress_bar()  # a bar a loaded model tells nobody anything
 
 DROPOUT_FIELDS = (
     "dropout",

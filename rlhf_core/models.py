@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from transformers.utils import logging as transformers_logging
 
 from rlhf_core.errors import ConfigError
-from rlhf_core.sources import resolve_model
+from rlhf_core.sources import require_positions, resolve_model
 from rlhf_core.specs import ModelSpec
 
 transformers_logging.disable_progress_bar()  # a bar a loaded model tells nobody anything
@@ -149,12 +149,7 @@ def positions_of(config: Any) -> int | None:
 
 def check_positions(config: Any, prompt: int, response: int) -> None:
     """ConfigError if the longest prompt and response do not fit the model."""
-    limit = positions_of(config)
-    if limit is not None and prompt + response > limit:
-        raise ConfigError(
-            f"data.max_prompt_tokens {prompt} + max_response_tokens {response} = {prompt + response} exceeds the model's "
-            f"{limit} positions; shorten one of them"
-        )
+    require_positions(positions_of(config), prompt, response, "the model")
 
 
 @lru_cache

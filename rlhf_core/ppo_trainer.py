@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlhf_core import ppo_math as pm
 from rlhf_core.batches import deal
-from rlhf_core.distributed import any_rank, sum_over_ranks
+from rlhf_core.distributed import sum_over_ranks
 from rlhf_core.engine import check_finite, grad_norm, set_lr
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.experience import Experience, concatenate, gather_experience
@@ -312,7 +312,3 @@ class DeepSpeedPPOTrainer:
         check_finite("critic loss", loss)
         self.engine.critic.backward(loss * scale)
         return loss.item()
-
-    def any_rank(self, flag: bool) -> bool:
-        """Whether `flag` holds on some rank; collective."""
-        return any_rank(flag)

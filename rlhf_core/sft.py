@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_core.batches import Row, deal, open_rows, right_pad, step_rows, total_steps
+from rlhf_core.batches import Row, deal, longest, open_rows, right_pad, step_rows, total_steps
 from rlhf_core.context import JobContext
 from rlhf_core.distributed import start, sum_over_ranks
 from rlhf_core.engine import check_finite, full_state, grad_norm, set_lr, train_engine
@@ -37,7 +37,7 @@ class SFTTrainer:
         )
         assert context.job.model is not None
         model = base_model(context.job.model, self.tokenizer, context.seed, self.spec.dropout)
-        check_positions(model.config, max(len(r) for r in self.train_rows["input_ids"]), 0)
+        check_positions(model.config, longest(self.train_rows, "input_ids"), 0)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.engine = train_engine(model, self.spec.optim, self.resources, self.spec.precision)
         self.tokens = 0.0
@@ -45,14 +45,14 @@ class SFTTrainer:
     def run(self) -> dict[str, Any]:
         """Train, evaluate, save; returns the stage's metrics."""
         began = time.monotonic()
-        evaluation = self.evaluate(0)
+        self.evaluate(0)
         metrics: dict[str, float] = {}
         for step in range(self.steps):
             metrics = self.step(step)
             self.context.log("train", step + 1, metrics)
             self.context.progress(step + 1, self.steps, "train", {"loss": metrics["loss"]})
             if self.spec.eval_every and (step + 1) % self.spec.eval_every == 0 and step + 1 < self.steps:
-                evaluation = self.evaluate(step + 1)
+                self.evaluate(step + 1)
         seconds = time.monotonic() - began
         evaluation = self.evaluate(self.steps)
         self.save()

@@ -152,8 +152,13 @@ def check_positions(model: ModelSpec, prompt: int, response: int) -> None:
         return
     config = json.loads(file.read_text())
     limit = config.get("max_position_embeddings") or config.get("n_positions")
-    if isinstance(limit, int) and prompt + response > limit:
+    require_positions(limit, prompt, response, model.path)
+
+
+def require_positions(limit: int | None, prompt: int, response: int, whose: str) -> None:
+    """ConfigError if the longest prompt and response exceed `limit` positions; None is no limit."""
+    if limit is not None and prompt + response > limit:
         raise ConfigError(
             f"data.max_prompt_tokens {prompt} + max_response_tokens {response} = {prompt + response} exceeds the "
-            f"{limit} positions of {model.path}; shorten one of them"
+            f"{limit} positions of {whose}; shorten one of them"
         )

@@ -292,6 +292,3 @@ class EvaluateSpec(StageSpec):
     gold: GoldName | None = Field(default=None, description="ground truth of the task, which no stage has trained on")
     perplexity: bool = Field(default=True, description="perplexity of the held-out SFT responses: the alignment tax")
     samples: Positive = Field(default=12, description="rows of the side-by-side table")
-
-
-Spec = DataSpec | SFTSpec | RewardSpec | PPOSpec | EvaluateSpec

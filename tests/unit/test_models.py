@@ -5,7 +5,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_core.batches import deal, step_rows, total_steps
+from rlhf_core.batches import deal, longest, open_rows, step_rows, total_steps
 from rlhf_core.engine import lr_factor
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.models import ValueModel, load_causal_lm, new_causal_lm, save_causal_lm, save_value_model
@@ -82,6 +82,13 @@ def test_every_row_comes_once_an_epoch_in_an_order_of_its_own():
     assert total_steps(10, 4, 2, None, "sft") == 5 and total_steps(10, 4, 2, 3, "sft") == 3
     with pytest.raises(DataError, match=r"sft.batch_size 11 .* has 10"):
         total_steps(10, 11, 1, None, "sft")
+
+
+def test_the_longest_row_is_found_in_a_saved_split(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list([{"ids": [1]}, {"ids": [1, 2, 3]}, {"ids": []}]).save_to_disk(str(tmp_path / "split"))
+    assert longest(open_rows(tmp_path / "split"), "ids") == 3
 
 
 def test_rows_are_dealt_evenly_and_each_to_one_rank():

@@ -7,7 +7,7 @@ and, for an unknown key, the nearest known one. The same model is the parameter 
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -16,6 +16,7 @@ from rlhf_core.errors import ConfigError
 from rlhf_core.resources import ResourceTable
 from rlhf_core.specs import (
     DataSpec,
+    DPOSpec,
     EvaluateSpec,
     Frozen,
     ModelSpec,
@@ -27,18 +28,22 @@ from rlhf_core.specs import (
 
 
 class PipelineConfig(Frozen):
-    """The whole pipeline: data -> sft -> reward -> ppo -> evaluate."""
+    """The whole pipeline: data -> sft -> reward -> ppo -> evaluate, or data -> sft -> dpo -> evaluate."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="part of every artifact's id")
     store: str = Field(
         default="file://./.rlhf/store", description="root URL of the artifacts: file://, s3:// or memory://"
     )
     seed: int = Field(default=0, description="of every stage that sets none")
+    method: Literal["ppo", "dpo"] = Field(
+        default="ppo", description="how preferences are learned: reward model and PPO, or DPO on the same pairs"
+    )
     model: ModelSpec
     data: DataSpec
     sft: SFTSpec = SFTSpec()
     reward: RewardSpec = RewardSpec()
     ppo: PPOSpec = PPOSpec()
+    dpo: DPOSpec = DPOSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     resources: ResourceTable = ResourceTable()
 
@@ -47,6 +52,7 @@ class PipelineConfig(Frozen):
         rules: tuple[tuple[StageName, str, int], ...] = (
             ("sft", "sft.batch_size", self.sft.batch_size),
             ("reward", "reward.batch_size", self.reward.batch_size),
+            ("dpo", "dpo.batch_size", self.dpo.batch_size),
             ("ppo", "ppo.rollout_batch_size / ppo.minibatches", self.ppo.rollout_batch_size // self.ppo.minibatches),
         )
         for stage, field, size in rules:

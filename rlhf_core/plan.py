@@ -10,17 +10,34 @@ from rlhf_core.artifacts import ArtifactRef, Manifest, list_manifests, make_ref,
 from rlhf_core.canonical import differences
 from rlhf_core.config import PipelineConfig
 from rlhf_core.errors import IntegrityError
-from rlhf_core.sources import Digest, content_id, data_identity, model_identity
-from rlhf_core.specs import STAGES, Frozen, StageName
+from rlhf_core.sources import Digest, content_id, data_identity, model_identity, rewards_identity
+from rlhf_core.specs import Frozen, StageName
 from rlhf_core.store import Store
 
-INPUTS: dict[StageName, tuple[StageName, ...]] = {
-    "data": (),
-    "sft": ("data",),
-    "reward": ("data", "sft"),
-    "ppo": ("data", "sft", "reward"),
-    "evaluate": ("data", "sft", "reward", "ppo"),
-}
+
+def pipeline_stages(config: PipelineConfig) -> tuple[StageName, ...]:
+    """The stages of the configured pipeline, in order; the reward stage only where something uses its model."""
+    if config.method == "dpo":
+        return ("data", "sft", "dpo", "evaluate")
+    return (
+        ("data", "sft", "reward", "ppo", "evaluate")
+        if config.ppo.uses_reward_model
+        else ("data", "sft", "ppo", "evaluate")
+    )
+
+
+def stage_inputs(config: PipelineConfig, stage: StageName) -> tuple[StageName, ...]:
+    """The stages whose artifacts a stage reads."""
+    before: dict[StageName, tuple[StageName, ...]] = {
+        "data": (),
+        "sft": ("data",),
+        "reward": ("data", "sft"),
+        "ppo": ("data", "sft", "reward"),
+        "dpo": ("data", "sft"),
+        "evaluate": ("data", "sft", "reward", "ppo", "dpo"),
+    }
+    stages = pipeline_stages(config)
+    return tuple(name for name in before[stage] if name in stages)
 
 
 class StagePlan(Frozen):
@@ -61,14 +78,18 @@ def stage_identity(config: PipelineConfig, stage: StageName, of: Digest = conten
         identity["model"] = model_identity(config.model, of)
     if stage == "reward" and config.reward.model:
         identity["model"] = model_identity(config.reward.model, of, "reward.model.path")
+    if stage == "reward" and config.reward.tokenizer and config.reward.tokenizer.path:
+        identity["tokenizer"]["path"] = of(config.reward.tokenizer.path, "reward.tokenizer.path")
+    if stage == "ppo" and config.ppo.rewards:
+        identity["rewards"] = rewards_identity(config.ppo.rewards, of)
     return identity
 
 
 def stage_refs(config: PipelineConfig, of: Digest = content_id) -> dict[StageName, ArtifactRef]:
     """The artifact ids of all stages, in order."""
     refs: dict[StageName, ArtifactRef] = {}
-    for stage in STAGES:
-        inputs = {name: refs[name] for name in INPUTS[stage]}
+    for stage in pipeline_stages(config):
+        inputs = {name: refs[name] for name in stage_inputs(config, stage)}
         refs[stage] = make_ref(stage, config.name, stage_identity(config, stage, of), {**inputs})
     return refs
 
@@ -79,7 +100,7 @@ def plan_stage(
     """Whether one stage is reused or built, and why."""
     ref = refs[stage]
     identity = stage_identity(config, stage)
-    inputs: dict[str, ArtifactRef] = {name: refs[name] for name in INPUTS[stage]}
+    inputs: dict[str, ArtifactRef] = {name: refs[name] for name in stage_inputs(config, stage)}
     manifest = read_manifest(store, ref)
     if force:
         action, why = "build", "forced"
@@ -95,7 +116,7 @@ def plan_stage(
 def make_plan(config: PipelineConfig, store: Store, force: tuple[str, ...] = ()) -> list[StagePlan]:
     """The plan of the whole pipeline."""
     refs = stage_refs(config)
-    return [plan_stage(config, stage, refs, store, stage in force) for stage in STAGES]
+    return [plan_stage(config, stage, refs, store, stage in force) for stage in refs]
 
 
 def _why(store: Store, stage: StageName, identity: dict[str, Any], inputs: dict[str, ArtifactRef]) -> str:

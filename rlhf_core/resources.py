@@ -1,10 +1,14 @@
 """Resources: where and how a stage runs. Never identity: changing them changes no fingerprint and no result beyond rounding."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf_core.specs import Frozen, Positive, StageName
+
+Offload = Literal["none", "cpu", "nvme"]
+ModelRole = Literal["actor", "critic", "reference", "reward"]
+MEMORY_FIELDS = ("zero_stage", "offload_optimizer", "offload_parameters", "nvme_path", "gradient_checkpointing")
 
 
 class Resources(Frozen):
@@ -15,8 +19,19 @@ class Resources(Frozen):
     threads: Positive | None = Field(default=None, description="CPU threads a rank; default: cores / processes")
     micro_batch: Positive = Field(default=16, description="sequences a forward pass of training or scoring, per rank")
     rollout_micro_batch: Positive = Field(default=64, description="sequences generated at once, per rank")
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
+        default=0, description="what DeepSpeed divides among the ranks"
+    )
+    offload_optimizer: Offload = Field(default="none", description="where the optimizer's state lies (ZeRO 1 to 3)")
+    offload_parameters: Offload = Field(default="none", description="where weights lie while unused (ZeRO 3)")
+    nvme_path: str | None = Field(default=None, description="folder on a fast disk, for offload to nvme")
     gradient_checkpointing: bool = False
+    pack_tokens: Positive | None = Field(
+        default=None, description="SFT: join sequences to rows of up to so many tokens, which do not see each other"
+    )
+    models: dict[ModelRole, dict[str, int | bool | str | None]] = Field(
+        default={}, description="PPO, per model: memory fields that differ, e.g. {reference: {offload_parameters: cpu}}"
+    )
     data_workers: Positive | None = Field(default=None, description="processes that tokenise; default: the cores")
     stall_minutes: Annotated[float, Field(gt=0)] = Field(
         default=10, description="no sign of progress for so long: stacks, then kill"
@@ -27,11 +42,32 @@ class Resources(Frozen):
     )
     retry_delay_seconds: Annotated[float, Field(ge=0)] = 10
 
+    @model_validator(mode="after")
+    def _memory(self) -> Self:
+        for role, fields in self.models.items():
+            if unknown := sorted(set(fields) - set(MEMORY_FIELDS)):
+                raise ValueError(f"models.{role}: {unknown[0]!r} is not among {', '.join(MEMORY_FIELDS)}")
+            self.of_model(role)
+        if self.offload_optimizer != "none" and not self.zero_stage:
+            raise ValueError(f"offload_optimizer {self.offload_optimizer!r} needs zero_stage 1, 2 or 3; it is 0")
+        if self.offload_parameters != "none" and self.zero_stage != 3:
+            raise ValueError(
+                f"offload_parameters {self.offload_parameters!r} needs zero_stage 3; it is {self.zero_stage}"
+            )
+        if "nvme" in (self.offload_optimizer, self.offload_parameters) and not self.nvme_path:
+            raise ValueError("offload to nvme needs nvme_path, a folder on a fast disk")
+        return self
+
+    def of_model(self, role: ModelRole) -> "Resources":
+        """The resources of one of PPO's models."""
+        own = self.models.get(role, {})
+        return Resources.model_validate({**self.model_dump(exclude={"models", "stages"}), **own})
+
 
 class ResourceTable(Resources):
     """Resources of all stages, and per stage what differs."""
 
-    stages: dict[StageName, dict[str, int | float | bool | str | None]] = Field(
+    stages: dict[StageName, dict[str, Any]] = Field(
         default={}, description="per stage: fields that differ, e.g. {ppo: {micro_batch: 4}}"
     )
 

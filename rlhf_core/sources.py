@@ -9,14 +9,14 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_core import quickstart
 from rlhf_core.artifacts import sha256_file
 from rlhf_core.errors import ConfigError, StoreError
-from rlhf_core.specs import DataSpec, FileSource, ModelSpec, QuickstartSource
+from rlhf_core.specs import DataSpec, FileSource, FunctionReward, HTTPReward, ModelSpec, QuickstartSource, RewardSource
 
 # What defines a model or tokenizer folder; other files (README, optimizer states) do not.
 MODEL_FILES = ("*.json", "*.safetensors", "*.gguf", "*.model", "*.txt", "*.jinja")
@@ -138,6 +138,20 @@ def data_identity(spec: DataSpec, of: Digest = content_id) -> dict[str, Any]:
     if spec.tokenizer.path:
         dumped["tokenizer"]["path"] = of(spec.tokenizer.path, "data.tokenizer.path")
     return dumped
+
+
+def rewards_identity(rewards: Sequence[RewardSource], of: Digest = content_id) -> list[dict[str, Any]]:
+    """Identity of reward sources: a function's file by its digest, an endpoint by its name, not by where or how it is asked."""
+    identities = []
+    for i, source in enumerate(rewards):
+        identity = source.model_dump(mode="json")
+        if isinstance(source, HTTPReward):
+            identity = {k: v for k, v in identity.items() if k in ("kind", "name", "weight", "mean", "std")}
+        if isinstance(source, FunctionReward) and ".py:" in source.function:
+            path, _, name = source.function.rpartition(":")
+            identity["function"] = f"{of(path, f'ppo.rewards[{i}].function')}:{name}"
+        identities.append(identity)
+    return identities
 
 
 def check_positions(model: ModelSpec, prompt: int, response: int) -> None:

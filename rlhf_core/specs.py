@@ -10,10 +10,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-StageName = Literal["data", "sft", "reward", "ppo", "evaluate"]
-STAGES: tuple[StageName, ...] = ("data", "sft", "reward", "ppo", "evaluate")
+StageName = Literal["data", "sft", "reward", "ppo", "dpo", "evaluate"]
+STAGES: tuple[StageName, ...] = ("data", "sft", "reward", "ppo", "dpo", "evaluate")
 GoldName = Literal["quickstart", "vader"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 Family = Literal[
     "opt", "bloom", "gpt_neox", "gptj", "gpt_neo", "gpt2", "codegen", "llama", "qwen2", "qwen3", "mistral", "gemma3"
 ]
@@ -178,6 +178,25 @@ class OptimSpec(Frozen):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
 
 
+class LoRASpec(Frozen):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): W + alpha / rank * B A with B, A trained and W frozen."""
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = Field(default=16.0, description="the update is scaled by alpha / rank")
+    dropout: Fraction = Field(default=0.0, description="on the adapter's input, in training")
+    targets: tuple[str, ...] | None = Field(
+        default=None,
+        description="names of the layers to adapt, e.g. [q_proj, v_proj]; default: all linear ones of the blocks",
+    )
+    also_train: tuple[Literal["embeddings", "norms", "biases"], ...] = Field(
+        default=(), description="what else is trained; the head of a reward model or critic always is"
+    )
+    lr: NonNegative | None = Field(default=None, description="learning rate of the adapters; default: the optimizer's")
+    quantize: Literal["nf4"] | None = Field(
+        default=None, description="keep W in 4 bits (QLoRA); needs a GPU and bitsandbytes"
+    )
+
+
 class SFTSpec(StageSpec):
     """Supervised fine-tuning: token-mean cross-entropy."""
 
@@ -188,6 +207,7 @@ class SFTSpec(StageSpec):
     dropout: Fraction | None = Field(default=None, description="default: the model's own")
     precision: Precision = "fp32"
     optim: OptimSpec = OptimSpec(lr=1e-5)
+    lora: LoRASpec | None = Field(default=None, description="train adapters; default: all weights")
     eval_every: Positive | None = Field(default=None, description="steps between evaluations; default: at the end only")
 
 
@@ -197,7 +217,12 @@ class RewardSpec(StageSpec):
     epochs: Annotated[float, Field(gt=0)] = 1.0
     max_steps: Positive | None = None
     model: ModelSpec | None = Field(
-        default=None, description="another model to start from, with the same tokenizer; default: the SFT model"
+        default=None, description="another model to start from, of any family; default: the SFT model"
+    )
+    tokenizer: TokenizerSpec | None = Field(
+        default=None,
+        description="tokenizer of `model`; default: the one beside it, or the data's where there is none. "
+        "Texts are tokenised anew at the boundary where it differs from the data's",
     )
     batch_size: Positive = Field(default=16, description="pairs an optimizer step, over all processes")
     dropout: Fraction = Field(default=0.0, description="N+: no dropout in the reward model")
@@ -213,7 +238,88 @@ class RewardSpec(StageSpec):
     train_layers: Positive | None = Field(
         default=None, description="train only the last N layers and the head; default: all"
     )
+    lora: LoRASpec | None = Field(default=None, description="train adapters and the head; default: all weights")
     eval_every: Positive | None = None
+
+
+class DPOSpec(StageSpec):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) on the reward share's pairs.
+
+    With h = (log p - log p_ref)(chosen) - (log p - log p_ref)(rejected): sigmoid -log sigmoid(beta h), smoothed by
+    `label_smoothing` (cDPO); ipo (h - 1 / (2 beta))^2 on log-probabilities averaged over tokens (Azar et al. 2023).
+    """
+
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: Positive | None = None
+    batch_size: Positive = Field(default=16, description="pairs an optimizer step, over all processes")
+    beta: Annotated[float, Field(gt=0)] = Field(default=0.1, description="price of leaving the reference (DSC 0.1)")
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        default=0.0, description="share of labels believed wrong"
+    )
+    dropout: Fraction = 0.0
+    precision: Precision = "fp32"
+    optim: OptimSpec = OptimSpec(lr=1e-6)
+    lora: LoRASpec | None = Field(default=None, description="train adapters; default: all weights")
+    eval_every: Positive | None = None
+
+
+class ModelReward(Frozen):
+    """The reward stage's model."""
+
+    kind: Literal["model"] = "model"
+    weight: float = 1.0
+
+
+class FunctionReward(Frozen):
+    """A Python function (prompts, responses) -> list of numbers; runs only where code is allowed (`rlhf run --allow-code`)."""
+
+    kind: Literal["function"] = "function"
+    function: str = Field(description="path/to/file.py:name, or module:name of an installed package")
+    weight: float = 1.0
+    mean: float = Field(default=0.0, description="the score is (value - mean) / std")
+    std: Annotated[float, Field(gt=0)] = 1.0
+
+
+class HTTPReward(Frozen):
+    """An endpoint: POST {"prompts": [...], "responses": [...]} answers {"rewards": [...]}."""
+
+    kind: Literal["http"] = "http"
+    url: str = Field(pattern=r"^https?://", description="where it is; not part of the identity, `name` is")
+    name: str = Field(description="what it computes, with its version, e.g. safety-v3: the identity of the endpoint")
+    weight: float = 1.0
+    mean: float = Field(default=0.0, description="the score is (value - mean) / std")
+    std: Annotated[float, Field(gt=0)] = 1.0
+    batch_size: Positive = 32
+    timeout_seconds: Annotated[float, Field(gt=0)] = 30
+    retries: Annotated[int, Field(ge=0)] = Field(
+        default=5, description="further tries of a request, with growing pauses"
+    )
+
+
+RewardSource = Annotated[ModelReward | FunctionReward | HTTPReward, Field(discriminator="kind")]
+
+
+class EMASpec(Frozen):
+    """Exponential moving average of the actor's weights, saved as a model of its own: ema = decay ema + (1 - decay) w."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.992, description="an optimizer step (DSC 0.992)")
+    start_step: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="rollouts before it; until then it is the actor"
+    )
+
+
+class PTXSpec(Frozen):
+    """Mixture loss (InstructGPT, arXiv 2203.02155): coef times the token-mean cross-entropy of pretraining text.
+
+    The text is `data.pretrain`, or the SFT share where there is none. Its gradient is added to the policy's before one
+    optimizer step, as a mean like the policy's: coef 1 weighs both alike.
+    """
+
+    coef: Annotated[float, Field(gt=0)] = 0.1
+    batch_size: Positive | None = Field(
+        default=None, description="sequences an optimizer step; default: the minibatch's"
+    )
 
 
 class PPOSpec(StageSpec):
@@ -224,6 +330,14 @@ class PPOSpec(StageSpec):
     ppo_epochs: Positive = Field(default=4, description="passes over a rollout (N 4; DSC 1)")
     minibatches: Positive = Field(default=1, description="optimizer steps a pass (N 1)")
     max_response_tokens: Positive | None = Field(default=None, description="default: the data stage's")
+    advantage: Literal["gae", "rloo", "reinforce++", "grpo"] | None = Field(
+        default=None,
+        description="default gae, with a critic. Without one: rloo (Ahmadian et al. 2024), reinforce++ (Hu 2025), grpo "
+        "(Shao et al. 2024)",
+    )
+    samples_per_prompt: Positive | None = Field(
+        default=None, description="answers to each prompt of a rollout; default 1, and 4 for rloo and grpo"
+    )
     # sampling
     temperature: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="N 0.7; divides every model's logits everywhere"
@@ -231,6 +345,12 @@ class PPOSpec(StageSpec):
     top_k: Annotated[int, Field(ge=0)] = Field(default=0, description="0 = off")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="1 = off")
     # reward
+    rewards: tuple[RewardSource, ...] | None = Field(
+        default=None, description="what scores answers, as a weighted sum; default: the reward stage's model"
+    )
+    kl_in: Literal["reward", "loss"] | None = Field(
+        default=None, description="where the KL penalty is paid; default: in the reward, for grpo in the loss"
+    )
     # The penalty for leaving the reference is paid per token in the reward: -kl_coef * estimate(KL(actor || reference)).
     kl_coef: NonNegative = Field(default=0.05, description="N+ and TRL 0.05; N 0.15; DSC 0.1")
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
@@ -264,7 +384,24 @@ class PPOSpec(StageSpec):
     )
     clip: Annotated[float, Field(gt=0)] = Field(default=0.2, description="ratio clip (N, N+, DSC 0.2)")
     value_clip: Annotated[float, Field(gt=0)] | None = Field(default=0.2, description="N, N+, DSC 0.2; none = off")
+    clip_high: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="upper ratio clip where it differs from `clip` (DAPO 0.28)"
+    )
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        default=None, description="bound on the loss of negative advantages, as a ratio (Ye et al. 2020: 3)"
+    )
     entropy_coef: NonNegative = Field(default=0.0, description="weight of the entropy bonus")
+    ptx: PTXSpec | None = Field(default=None, description="mixture with pretraining text; default: off")
+    ema: EMASpec | None = Field(default=None, description="average of the actor, saved as actor_ema; default: off")
+    actor_lora: LoRASpec | None = Field(
+        default=None, description="train adapters of the actor; the reference is then the actor without them"
+    )
+    critic_lora: LoRASpec | None = Field(
+        default=None, description="train adapters of the critic; the reward model is then the critic without them"
+    )
+    snapshot_every: Positive | None = Field(
+        default=None, description="rollouts between saved copies of the actor, for `rlhf eval`; default: none"
+    )
     critic_warmup: Annotated[int, Field(ge=0)] = Field(
         default=0, description="first rollouts that train only the critic"
     )
@@ -281,6 +418,42 @@ class PPOSpec(StageSpec):
                 f"rollout_batch_size {self.rollout_batch_size} is not a multiple of minibatches {self.minibatches}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _estimator(self) -> Self:
+        if self.estimator in ("rloo", "grpo") and self.answers < 2:
+            raise ValueError(
+                f"advantage {self.estimator} compares the answers to one prompt, but samples_per_prompt is "
+                f"{self.answers}; use at least 2"
+            )
+        if self.estimator != "gae" and (self.critic_lora or self.critic_warmup):
+            raise ValueError(f"advantage {self.estimator} has no critic; remove critic_lora and critic_warmup")
+        if self.rewards is not None:
+            if not self.rewards:
+                raise ValueError("rewards is empty; name at least one source or leave it out")
+            if sum(source.kind == "model" for source in self.rewards) > 1:
+                raise ValueError("rewards names the reward stage's model twice; keep one")
+        return self
+
+    @property
+    def estimator(self) -> Literal["gae", "rloo", "reinforce++", "grpo"]:
+        """How advantages are estimated."""
+        return self.advantage or "gae"
+
+    @property
+    def answers(self) -> int:
+        """Answers to each prompt."""
+        return self.samples_per_prompt or (4 if self.advantage in ("rloo", "grpo") else 1)
+
+    @property
+    def kl_penalty(self) -> Literal["reward", "loss"]:
+        """Where the KL penalty is paid."""
+        return self.kl_in or ("loss" if self.advantage == "grpo" else "reward")
+
+    @property
+    def uses_reward_model(self) -> bool:
+        """Whether the reward stage's model scores answers."""
+        return self.rewards is None or any(source.kind == "model" for source in self.rewards)
 
 
 class EvaluateSpec(StageSpec):

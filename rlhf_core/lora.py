@@ -1,0 +1,254 @@
+"""LoRA adapters, injected by peft into the model's own layers: what is trained, the switch, and what is exported.
+
+The model keeps its class and its forward; an adapted layer holds `base_layer`, `lora_A` and `lora_B`. With the adapters off it
+is the base model bit for bit, so one copy of the weights serves actor and reference, or critic and reward model. Weights are
+exported merged (W + alpha/rank B A, computed apart; the model in training is not touched), and as a PEFT adapter beside.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rlhf_core.errors import ConfigError
+from rlhf_core.specs import LoRASpec
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of a saved model.
+
+    Attributes:
+        name: as in the state dict of the model without adapters.
+        parts: the tensors it is made of; gathered together at ZeRO-3.
+        make: the weight from the parts.
+    """
+
+    name: str
+    parts: Sequence[Tensor]
+    make: Callable[..., Tensor]
+
+
+def add_lora(model: nn.Module, spec: LoRASpec, field: str) -> None:
+    """Inject adapters and freeze what the spec does not train; a `ValueModel`'s head is always trained.
+
+    Args:
+        model: changed in place.
+        spec: rank, layers, what else is trained.
+        field: where the spec stands in the configuration, for messages.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    known = linear_names(model)
+    if spec.quantize:
+        raise ConfigError(f"{field}.quantize: {spec.quantize} must be applied when the model is loaded")
+    targets = set(spec.targets) if spec.targets else known
+    if unknown := sorted(targets - known):
+        raise ConfigError(
+            f"{field}.targets: {unknown[0]!r} is no linear layer of this model's blocks; there are {', '.join(sorted(known))}"
+        )
+    blocks = blocks_of(model)
+    chosen = [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(f"{blocks}.") and _is_linear(module) and name.rpartition(".")[2] in targets
+    ]
+    config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=chosen)  # pyright: ignore
+    conv = any(type(module).__name__ == "Conv1D" for name, module in model.named_modules() if name in set(chosen))
+    config.fan_in_fan_out = conv
+    inject_adapter_in_model(config, model, ADAPTER)
+    extra = _also_trained(model, spec)
+    for name, parameter in model.named_parameters():
+        trained = ".lora_" in name or name in extra or name == "score.weight"
+        parameter.requires_grad_(trained)
+
+
+def blocks_of(model: nn.Module) -> str:
+    """Name of the list of transformer blocks: the first list of modules."""
+    return next(name for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def linear_names(model: nn.Module) -> set[str]:
+    """Last parts of the names of all linear layers in the blocks: the default targets of any family."""
+    blocks = blocks_of(model)
+    return {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if name.startswith(f"{blocks}.") and _is_linear(module)
+    }
+
+
+def _also_trained(model: nn.Module, spec: LoRASpec) -> set[str]:
+    """Names of the parameters besides the adapters that the spec trains."""
+    embeddings = {
+        f"{name}.{p}"
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Embedding)
+        for p, _ in m.named_parameters(recurse=False)
+    }
+    kinds: set[str] = set()
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        if name in embeddings:
+            kind = "embeddings"
+        elif name.endswith(".bias"):
+            kind = "biases"
+        else:
+            kind = "norms" if _dimensions(parameter) == 1 else ""
+        if kind in spec.also_train:
+            kinds.add(name)
+    return kinds
+
+
+def _dimensions(parameter: Tensor) -> int:
+    """Dimensions of a weight, also where ZeRO-3 has partitioned it."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """The adapted layers with their names."""
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def has_lora(model: nn.Module) -> bool:
+    """Whether adapters were injected."""
+    return any(".lora_" in name for name, _ in model.named_parameters())
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base model for as long as this lasts. Only the switch moves: peft's own would also stop the adapters' gradients."""
+    adapted = [layer for _, layer in layers(model)]
+    for layer in adapted:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in adapted:
+            layer._disable_adapters = False
+
+
+class WithoutAdapters:
+    """A trained model with adapters seen as the model it started from: the reference, or the reward model.
+
+    Attributes:
+        module: the model inside, as in a DeepSpeed engine.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.module = engine.module
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        """A forward pass with the adapters off."""
+        with adapters_off(self.module):
+            return self.engine(*args, **inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Refused: this is a frozen model."""
+        raise TypeError("a model without its adapters is not trained")
+
+    def eval(self) -> "WithoutAdapters":
+        """Switch dropout off in the shared model."""
+        self.engine.eval()
+        return self
+
+
+def weights(model: nn.Module, merge: bool = True) -> list[Weight]:
+    """The weights of a saved model, tied ones once, in the order of the model; adapters merged, or left out.
+
+    Buffers that belong to the state dict come last.
+    """
+    adapted = dict(layers(model))
+    found: list[Weight] = []
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        owner, _, leaf = name.rpartition(".base_layer.")
+        layer = adapted.get(owner) if leaf == "weight" else None
+        plain = name.replace(".base_layer.", ".")
+        if layer is None or not merge:
+            found.append(Weight(plain, [parameter], lambda w: w))
+        else:
+            found.append(_merged(plain, layer, parameter))
+    kept = model.state_dict().keys()
+    found += [Weight(n, [b], lambda w: w) for n, b in model.named_buffers() if n in kept]
+    return found
+
+
+def _merged(name: str, layer: Any, base: Tensor) -> Weight:
+    scale, flip = layer.scaling[ADAPTER], bool(layer.fan_in_fan_out)
+
+    def make(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        delta = scale * (b.float() @ a.float())
+        return (w.float() + (delta.T if flip else delta)).to(w.dtype)
+
+    return Weight(name, [base, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight], make)
+
+
+def adapter_weights(model: nn.Module) -> list[Weight]:
+    """The adapters' weights, and what else was trained, under PEFT's names."""
+    prefix = getattr(getattr(model, "trunk", None), "base_model_prefix", None)
+    found: list[Weight] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        plain = name.replace(f".{ADAPTER}.", ".").replace(".base_layer.", ".")
+        if prefix and plain.startswith("trunk."):
+            plain = prefix + plain.removeprefix("trunk")
+        found.append(Weight(f"base_model.model.{plain}", [parameter], lambda w: w))
+    return found
+
+
+def write_adapter(folder: Path, state: dict[str, Tensor], model: nn.Module, spec: LoRASpec, base: str) -> None:
+    """Write adapter_config.json and adapter_model.safetensors as `peft.PeftModel.from_pretrained` reads them.
+
+    Args:
+        folder: made if needed.
+        state: of `adapter_weights`, gathered.
+        model: with the adapters.
+        spec: their sizes.
+        base: name or path of the model that the adapter belongs to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    scalar = hasattr(model, "score")
+    adapted = layers(model)
+    prefix = getattr(getattr(model, "trunk", None), "base_model_prefix", "")
+    names = [prefix + n.removeprefix("trunk") if scalar else n for n, _ in adapted]
+    extra = sorted({n.removeprefix("base_model.model.").rpartition(".")[0] for n in state if ".lora_" not in n})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout,
+        "target_modules": names,
+        "fan_in_fan_out": bool(adapted[0][1].fan_in_fan_out),
+        "bias": "none",
+        "modules_to_save": extra or None,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    save_file(
+        {k: v.contiguous() for k, v in state.items()}, str(folder / "adapter_model.safetensors"), {"format": "pt"}
+    )
+
+
+def trained(model: nn.Module) -> int:
+    """Number of parameters that are trained."""
+    return sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters() if p.requires_grad)

@@ -1,4 +1,4 @@
-"""The command line `rlhf`: plan, run, artifacts, chat, doctor.
+"""The command line `rlhf`: plan, run, artifacts, chat, eval, doctor.
 
 Commands that need no Prefect do not import it, so they answer at once. A mistake of the user's is one message on stderr
 and the exit code of its class (2 configuration, 3 data, …), without a traceback. `run` works with the server of
@@ -10,25 +10,26 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from flows.selection import forced_stages, plan_run
+from flows.evaluation import EvalFailed, Set, StoreOption, evaluate
+from flows.selection import forced_stages, plan_run, plan_to_run
 from flows.show import err, out, show_lineage, show_list, show_manifest, show_plan, show_results, table
+from flows.targets import DEFAULT_STORE, MODEL_FOLDERS, find_artifact, resolve, stage_name, store_of
 from rlhf_core import __version__
-from rlhf_core.artifacts import ArtifactRef, Manifest, fetch, list_manifests
+from rlhf_core.artifacts import list_manifests
 from rlhf_core.config import PipelineConfig, load_config
 from rlhf_core.errors import ConfigError, RlhfError
-from rlhf_core.plan import StagePlan, stage_refs
+from rlhf_core.plan import StagePlan
 from rlhf_core.specs import STAGES, StageName
 from rlhf_core.store import Store
 from tasks.headline import duration
 
-DEFAULT_STORE = PipelineConfig.model_fields["store"].default
-MODEL_FOLDERS: dict[StageName, str] = {"sft": "model", "ppo": "actor"}  # what one can talk to
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -44,13 +45,11 @@ app.add_typer(artifacts, name="artifacts")
 Config = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="pipeline YAML, e.g. deployments/configs/quickstart.yaml")
 ]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="change a field, e.g. ppo.kl_coef=0.2; repeatable"),
-]
 Force = Annotated[list[str] | None, typer.Option("--force", metavar="STAGE", help="build this stage anew; repeatable")]
 From = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="build this stage and all after it anew")]
-StoreOption = Annotated[str | None, typer.Option("--store", metavar="URL", help=f"store; default {DEFAULT_STORE}")]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="let Python functions named in ppo.rewards run as part of the job")
+]
 ConfigOption = Annotated[Path | None, typer.Option("--config", metavar="CONFIG", help="take the store from this file")]
 
 
@@ -66,7 +65,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
     ] = False,
 ) -> None:
-    """RLHF as a durable workflow: data, SFT, reward model, PPO, evaluation.
+    """RLHF as a durable workflow: data, SFT, reward model and PPO (or DPO), evaluation.
 
     [bold]Examples[/]
 
@@ -74,16 +73,21 @@ def _root(
       rlhf plan quickstart.yaml            what would run, and why
       rlhf run quickstart.yaml             run; what is published is reused
       rlhf run quickstart.yaml --set ppo.kl_coef=0.2
+      rlhf run quickstart.yaml --set method=dpo
       rlhf artifacts list                  what the store holds
       rlhf chat quickstart.yaml --prompt "Once upon a time"
+      rlhf eval quickstart.yaml:reward     how good a model is; two targets: side by side
     """
 
 
 @app.command()
-def plan(config: Config, sets: Set = None, force: Force = None, first: From = None) -> None:
+def plan(
+    config: Config, sets: Set = None, force: Force = None, first: From = None, allow_code: AllowCode = False
+) -> None:
     """Show for each stage whether it will be reused or built, and why. Starts nothing."""
+    _allow_code(allow_code)
     loaded = load_config(config, sets or ())
-    show_plan(plan_run(loaded, Store(loaded.store), _forced(force, first)))
+    show_plan(plan_run(loaded, Store(loaded.store), _forced(loaded, force, first)))
 
 
 @app.command()
@@ -96,17 +100,19 @@ def run(
         str | None, typer.Option("--stage", metavar="STAGE", help=f"run only this: {', '.join(STAGES)}")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Run the pipeline: reuse what is published, resume what is half done, build the rest.
 
     Set PREFECT_API_URL to record the run on a Prefect server; without it a temporary one runs as long as the command.
     """
     began = time.monotonic()
+    _allow_code(allow_code)
     loaded = load_config(config, sets or ())
     store = Store(loaded.store)
     loaded = loaded.model_copy(update={"store": store.url})  # a relative path means the same to whoever reads the run
-    forced, only = _forced(force, first), stage_name(stage) if stage else None
-    planned = plan_run(loaded, store, forced, only)
+    forced, only = _forced(loaded, force, first), stage_name(stage) if stage else None
+    planned = (plan_run if dry_run else plan_to_run)(loaded, store, forced, only)
     show_plan(planned)
     if dry_run:
         return
@@ -168,7 +174,7 @@ def artifacts_list(
     config: ConfigOption = None,
 ) -> None:
     """List published artifacts, oldest first."""
-    place = _store(store, config)
+    place = store_of(store, config)
     found = list_manifests(place, stage_name(stage) if stage else None)
     if not found:
         err.print(f"no artifacts in {place.url}")
@@ -179,24 +185,31 @@ def artifacts_list(
 @artifacts.command("show")
 def artifacts_show(id: str, store: StoreOption = None, config: ConfigOption = None) -> None:
     """Show one artifact: metrics, files, the spec that defines it, provenance. ID may be a prefix."""
-    place = _store(store, config)
+    place = store_of(store, config)
     show_manifest(place, find_artifact(list_manifests(place), id, place))
 
 
 @artifacts.command("lineage")
 def artifacts_lineage(id: str, store: StoreOption = None, config: ConfigOption = None) -> None:
     """Show the tree of what an artifact was made of. ID may be a prefix."""
-    place = _store(store, config)
+    place = store_of(store, config)
     known = list_manifests(place)
     show_lineage(find_artifact(known, id, place).ref, {manifest.ref.id: manifest for manifest in known})
 
 
 @app.command()
 def chat(
-    target: Annotated[str, typer.Argument(metavar="CONFIG|ARTIFACT", help="a pipeline YAML, or an artifact's id")],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="a pipeline YAML, an artifact's id, or a model's folder")
+    ],
     stage: Annotated[
-        str, typer.Option("--stage", metavar="STAGE", help="with CONFIG: whose model, sft or ppo")
-    ] = "ppo",
+        str | None,
+        typer.Option("--stage", metavar="STAGE", help="with CONFIG: whose model; default: ppo or dpo, the last one"),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="FOLDER", help="another model of the artifact, e.g. actor_ema"),
+    ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="answer this and stop; else a conversation")] = None,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1)] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", min=0)] = None,
@@ -206,8 +219,10 @@ def chat(
     store: StoreOption = None,
 ) -> None:
     """Talk to a trained model."""
-    place, ref = _chat_target(target, stage_name(stage), sets or [], store)
-    folder, _ = fetch(place, ref, Path.home() / ".cache" / "rlhf" / "artifacts")
+    if stage and stage_name(stage) not in MODEL_FOLDERS:
+        raise ConfigError(f"--stage {stage}: has no model to talk to; choose {' or '.join(MODEL_FOLDERS)}")
+    found = resolve(target, stage=stage, sets=sets or (), store=store)
+    found = replace(found, folder=model or found.folder)
     options = {
         "--prompt": prompt,
         "--max-new-tokens": max_new_tokens,
@@ -215,9 +230,12 @@ def chat(
         "--top-p": top_p,
         "--system": system,
     }
-    command = [sys.executable, "-m", "rlhf_core.chat", "--model", str(folder / MODEL_FOLDERS[ref.stage])]
+    command = [sys.executable, "-m", "rlhf_core.chat", "--model", found.model()]
     command += [word for name, value in options.items() if value is not None for word in (name, str(value))]
     raise typer.Exit(subprocess.run(command).returncode)
+
+
+app.command("eval")(evaluate)
 
 
 @app.command()
@@ -237,61 +255,22 @@ def doctor(
     raise typer.Exit(1 if any(check.ok is False for check in found) else 0)
 
 
-def stage_name(text: str) -> StageName:
-    """The stage of that name; ConfigError if there is none."""
-    for stage in STAGES:
-        if text == stage:
-            return stage
-    raise ConfigError(f"{text!r} is no stage; the stages are {', '.join(STAGES)}")
+def _forced(config: PipelineConfig, force: list[str] | None, first: str | None) -> tuple[StageName, ...]:
+    return forced_stages(config, [stage_name(text) for text in force or ()], stage_name(first) if first else None)
 
 
-def _forced(force: list[str] | None, first: str | None) -> tuple[StageName, ...]:
-    return forced_stages([stage_name(text) for text in force or ()], stage_name(first) if first else None)
-
-
-def _store(url: str | None, config: Path | None) -> Store:
-    if url and config:
-        raise ConfigError("--store and --config exclude each other; keep one")
-    return Store(load_config(config).store if config else url or DEFAULT_STORE)
-
-
-def find_artifact(manifests: list[Manifest], id: str, store: Store) -> Manifest:
-    """The one artifact whose id, name or fingerprint begins with `id`; ConfigError if there is none or several."""
-    wanted = id.removeprefix(f"{store.url}/").rstrip("/")
-    exact = [m for m in manifests if m.ref.id == wanted]
-    names = ((m, (m.ref.id, m.ref.id.partition("/")[2], m.ref.fingerprint)) for m in manifests)
-    found = exact or [m for m, keys in names if any(key.startswith(wanted) for key in keys)]
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise ConfigError(
-            f"no artifact begins with {id!r} in {store.url}; see `rlhf artifacts list --store {store.url}`"
-        )
-    raise ConfigError(f"{id!r} is the beginning of {len(found)} ids: {', '.join(m.ref.id for m in found)}")
-
-
-def _chat_target(target: str, stage: StageName, sets: list[str], store: str | None) -> tuple[Store, ArtifactRef]:
-    """The artifact that `rlhf chat` talks to."""
-    if target.endswith((".yaml", ".yml")) or Path(target).is_file():
-        config = load_config(target, sets)
-        if stage not in MODEL_FOLDERS:
-            raise ConfigError(f"--stage {stage}: has no model to talk to; choose {' or '.join(MODEL_FOLDERS)}")
-        place = Store(store or config.store)
-        ref = stage_refs(config)[stage]
-        if ref.id not in {m.ref.id for m in list_manifests(place, stage)}:
-            raise ConfigError(f"{ref.id} is not published in {place.url}; make it with `rlhf run {target}`")
-        return place, ref
-    place = Store(store or DEFAULT_STORE)
-    ref = find_artifact(list_manifests(place), target, place).ref
-    if ref.stage not in MODEL_FOLDERS:
-        raise ConfigError(f"{ref.id} holds no model to talk to; choose an artifact of {' or '.join(MODEL_FOLDERS)}")
-    return place, ref
+def _allow_code(allowed: bool) -> None:
+    """What `--allow-code` means to this process and to the jobs it starts."""
+    if allowed:
+        os.environ["RLHF_ALLOW_CODE"] = "1"
 
 
 def main() -> None:
     """Entry point of the console script."""
     try:
         app(prog_name="rlhf")
+    except EvalFailed as error:
+        sys.exit(error.exit_code)
     except RlhfError as error:
         err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(int(error.exit_code))

@@ -1,4 +1,4 @@
-"""The pipeline as a Prefect flow: data -> sft -> reward -> ppo -> evaluate.
+"""The pipeline as a Prefect flow: data -> sft -> reward -> ppo -> evaluate, or data -> sft -> dpo -> evaluate.
 
 Each stage is one `deepspeed` job whose result is an immutable artifact in the store. What is published already is
 reused, what is half done goes on: so running the flow again, or *Retry* in the UI, is always right. The plan checks all
@@ -9,7 +9,7 @@ from functools import partial
 
 from prefect import flow
 
-from flows.selection import plan_run
+from flows.selection import plan_to_run
 from rlhf_core.artifacts import ArtifactRef
 from rlhf_core.config import PipelineConfig
 from rlhf_core.plan import StagePlan
@@ -31,16 +31,23 @@ def rlhf(config: PipelineConfig, force: tuple[StageName, ...] = ()) -> dict[Stag
         The artifact of each stage.
     """
     plan: dict[StageName, StagePlan] = {
-        planned.stage: planned for planned in plan_run(config, Store(config.store), force)
+        planned.stage: planned for planned in plan_to_run(config, Store(config.store), force)
     }
     stage = partial(run_planned, config, plan, force)
+    preferences: dict[StageName, ArtifactRef]  # what learns from them: a reward model and PPO, or DPO at once
 
     data = stage("data")
     sft = stage("sft", data=data)
-    reward = stage("reward", data=data, sft=sft)
-    ppo = stage("ppo", data=data, sft=sft, reward=reward)
-    evaluate = stage("evaluate", data=data, sft=sft, reward=reward, ppo=ppo)
+    if config.method == "dpo":
+        preferences = {"dpo": stage("dpo", data=data, sft=sft)}
+    elif config.ppo.uses_reward_model:
+        reward = stage("reward", data=data, sft=sft)
+        ppo = stage("ppo", data=data, sft=sft, reward=reward)
+        preferences = {"reward": reward, "ppo": ppo}
+    else:  # functions or endpoints score the answers
+        preferences = {"ppo": stage("ppo", data=data, sft=sft)}
+    evaluate = stage("evaluate", data=data, sft=sft, **preferences)
 
-    refs: dict[StageName, ArtifactRef] = {"data": data, "sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate}
+    refs: dict[StageName, ArtifactRef] = {"data": data, "sft": sft, **preferences, "evaluate": evaluate}
     report(config, plan, refs)
     return refs

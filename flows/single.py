@@ -1,4 +1,4 @@
-"""One stage of the pipeline as a flow of its own: `data`, `sft`, `reward`, `ppo`, `evaluate`.
+"""One stage of the pipeline as a flow of its own: `data`, `sft`, `reward`, `ppo`, `dpo`, `evaluate`.
 
 The same task as in `flows.rlhf`, on inputs that are published already; nothing but the one stage is built. For a
 cluster where stages have deployments (and so work pools) of their own, and for `rlhf run --stage`.
@@ -6,7 +6,7 @@ cluster where stages have deployments (and so work pools) of their own, and for 
 
 from prefect import Flow, flow
 
-from flows.selection import plan_run
+from flows.selection import plan_to_run
 from rlhf_core.artifacts import ArtifactRef
 from rlhf_core.config import PipelineConfig
 from rlhf_core.specs import StageName
@@ -21,7 +21,7 @@ def single(stage: StageName) -> Flow[..., dict[StageName, ArtifactRef]]:
     @flow(name=f"rlhf-{stage}", flow_run_name="{config.name}", persist_result=False)
     def run(config: PipelineConfig, force: bool = False) -> dict[StageName, ArtifactRef]:
         forced = (stage,) if force else ()
-        [planned] = plan_run(config, Store(config.store), forced, only=stage)
+        [planned] = plan_to_run(config, Store(config.store), forced, only=stage)
         ref = run_planned(config, {stage: planned}, forced, stage, **planned.inputs)
         report(config, {stage: planned}, {stage: ref})
         return {stage: ref}
@@ -33,4 +33,5 @@ data = single("data")
 sft = single("sft")
 reward = single("reward")
 ppo = single("ppo")
+dpo = single("dpo")
 evaluate = single("evaluate")

@@ -1,7 +1,8 @@
 """Which rows make which optimizer step, and how a step's rows are dealt to ranks and micro-batches.
 
 The order is a function of (seed, epoch) alone. A step's rows are sorted by length and dealt in turn, so ranks get equal
-numbers of rows and similar lengths; every rank runs the same number of forward passes (ZeRO-3 needs that).
+numbers of rows and similar lengths. Every rank has the same number of micro-batches, some perhaps empty, since ZeRO-3 needs as
+many forward passes of each. With packing, a rank's rows are first joined to rows of up to so many tokens.
 """
 
 from collections.abc import Sequence
@@ -28,10 +29,12 @@ def open_rows(path: Path) -> Dataset:
     return data
 
 
-def longest(rows: Dataset, column: str) -> int:
-    """Tokens of the longest list in a column, without reading the lists."""
-    lengths = compute.list_value_length(rows.data.column(column))  # pyright: ignore[reportAttributeAccessIssue]
-    return int(compute.max(lengths).as_py())  # pyright: ignore[reportAttributeAccessIssue]
+def longest(rows: Dataset, *columns: str) -> int:
+    """Tokens of the longest row, its lists in `columns` together, without reading the lists; 0 without rows."""
+    lengths: Any = 0
+    for column in columns:
+        lengths = compute.add(lengths, compute.list_value_length(rows.data.column(column)))  # pyright: ignore
+    return int(compute.max(lengths).as_py() or 0)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def total_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None, stage: str) -> int:
@@ -60,10 +63,45 @@ def step_rows(rows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
 
 
 def deal(lengths: Sequence[int], rank: int, world: int, micro_batch: int) -> list[list[int]]:
-    """This rank's micro-batches, as indices into `lengths`: longest first, dealt in turn."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    """This rank's micro-batches, as indices into `lengths`: longest first, dealt in turn; as many on every rank."""
+    order = _longest_first(lengths)
     mine = order[rank::world]
-    return [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
+    return [mine[i : i + micro_batch] for i in range(0, len(order[::world]), micro_batch)]
+
+
+def deal_packed(lengths: Sequence[int], rank: int, world: int, micro_batch: int, tokens: int) -> list[list[list[int]]]:
+    """This rank's micro-batches of up to `micro_batch` packed rows, each a list of indices into `lengths`."""
+    order = _longest_first(lengths)
+    packed = [pack(lengths, order[r::world], tokens) for r in range(world)]
+    count = max(len(rows) for rows in packed)
+    return [packed[rank][i : i + micro_batch] for i in range(0, count, micro_batch)]
+
+
+def pack(lengths: Sequence[int], order: Sequence[int], tokens: int) -> list[list[int]]:
+    """Join rows to rows of up to `tokens` tokens: each to the first that has room (first fit), in the order given.
+
+    DataError if one row alone is longer.
+    """
+    packed: list[list[int]] = []
+    room: list[int] = []
+    for index in order:
+        if lengths[index] > tokens:
+            raise DataError(
+                f"resources.pack_tokens {tokens} is less than a row of {lengths[index]} tokens; raise it, or lower "
+                "data.max_prompt_tokens or data.max_response_tokens"
+            )
+        place = next((i for i, free in enumerate(room) if lengths[index] <= free), None)
+        if place is None:
+            packed.append([])
+            room.append(tokens)
+            place = len(packed) - 1
+        packed[place].append(index)
+        room[place] -= lengths[index]
+    return packed
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
 
 def right_pad(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:

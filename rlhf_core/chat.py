@@ -1,8 +1,9 @@
 """Talk to a model: `python -m rlhf_core.chat --model DIR` (the command `rlhf chat` starts it).
 
-Turns are rendered with the tokenizer's chat template where it has one, else as "Human: … Assistant:" like the training data.
-With `--prompt` one answer is printed and the program ends; with `--raw` the prompt is taken
-as it is. In the dialogue `/clear` forgets it and `/quit` (or end of input) leaves.
+Turns are rendered with the tokenizer's chat template, into which the data stage writes the convention of the training
+data (also "Human: … Assistant:"). A tokenizer without one was trained on texts as they are (`data.template: none`), and so
+they are taken, one after the other, as with `--raw`. With `--prompt` one answer is printed and the program ends. In the
+dialogue `/clear` forgets it and `/quit` (or end of input) leaves.
 """
 
 import argparse
@@ -20,11 +21,18 @@ Turn = dict[str, str]
 
 
 def render(turns: list[Turn], tokenizer: Any) -> str:
-    """The dialogue as the text that asks for the next answer."""
+    """The dialogue as the text that asks for the next answer; tokenise it with `add_special_tokens=False` where the
+    tokenizer has a chat template, which writes BOS itself.
+    """
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
-    return "\n\n".join(f"{names[t['role']]}: {t['content']}" for t in turns) + "\n\nAssistant:"
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return "".join(turn["content"] for turn in turns)
+
+
+def encode(turns: list[Turn], tokenizer: Any) -> list[int]:
+    """The dialogue as the token ids that ask for the next answer."""
+    text = render(turns, tokenizer)
+    return list(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
 
 
 def trim(ids: list[int], config: Any, room: int) -> list[int]:
@@ -39,9 +47,9 @@ def trim(ids: list[int], config: Any, room: int) -> list[int]:
     return ids[-(limit - room) :]
 
 
-def answer(model: Any, tokenizer: Any, text: str, sampling: Sampling, seed: int) -> str:
-    """One sampled answer to `text`."""
-    ids = trim(tokenizer(text)["input_ids"], model.config, sampling.max_new_tokens)
+def answer(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, seed: int) -> str:
+    """One sampled answer to the prompt `ids`."""
+    ids = trim(ids, model.config, sampling.max_new_tokens)
     if not ids:
         raise ConfigError("--prompt: is empty; write something")
     eos = tokenizer.eos_token_id
@@ -83,8 +91,9 @@ def talk(args: argparse.Namespace) -> None:
     sampling = Sampling(room, args.temperature, top_p=args.top_p)
     opening: list[Turn] = [{"role": "system", "content": args.system}] if args.system else []
     if args.prompt is not None:
-        text = args.prompt if args.raw else render([*opening, {"role": "user", "content": args.prompt}], tokenizer)
-        print(answer(model, tokenizer, text, sampling, seed))
+        turns = [*opening, {"role": "user", "content": args.prompt}]
+        ids = list(tokenizer(args.prompt)["input_ids"]) if args.raw else encode(turns, tokenizer)
+        print(answer(model, tokenizer, ids, sampling, seed))
         return
     print("Write a message; /clear forgets the dialogue, /quit leaves.")
     turns = list(opening)
@@ -100,7 +109,7 @@ def talk(args: argparse.Namespace) -> None:
             turns = list(opening)
         elif line:
             turns.append({"role": "user", "content": line})
-            reply = answer(model, tokenizer, render(turns, tokenizer), sampling, seed + len(turns))
+            reply = answer(model, tokenizer, encode(turns, tokenizer), sampling, seed + len(turns))
             turns.append({"role": "assistant", "content": reply})
             print(f"model> {reply}")
 

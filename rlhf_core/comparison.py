@@ -1,16 +1,22 @@
-"""From answers to numbers: what each model did on the held-out prompts, and how PPO compares with SFT.
+"""From answers to numbers: what each model did on the held-out prompts, and how PPO or DPO compares with SFT.
 
 Pure, on plain records and without torch, so that every number of evaluation.json can be checked by hand. All models
 answer the same prompts with the same noise, so comparisons are paired by prompt. The unit of observation is the prompt.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_core import stats
 
-MODELS = ("base", "sft", "ppo")
+MODELS = ("base", "sft", "ppo", "ppo_ema", "dpo")
+ALIGNED = ("ppo", "dpo")  # what preferences made of SFT; a pipeline has one of them
+
+
+def aligned_of(models: Iterable[str]) -> str | None:
+    """Which of the models is compared with SFT, None if there is none."""
+    return next((name for name in ALIGNED if name in models), None)
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Answer:
         tokens: its length, end of sequence included.
         eos: whether it ended by itself.
         kl: log p(answer | model) - log p(answer | sft), nats, under the sampling temperature.
-        reward: normalised score of the reward model.
+        reward: normalised score of the reward model; None without one.
         gold: "gold" and its parts; empty without a gold reward.
     """
 
@@ -30,7 +36,7 @@ class Answer:
     tokens: int
     eos: bool
     kl: float
-    reward: float
+    reward: float | None
     gold: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -43,10 +49,12 @@ class TokenLoss:
 
 
 def describe(answers: Sequence[Answer], losses: Sequence[TokenLoss]) -> dict[str, Any]:
-    """One model's means, each {"value", "low", "high", "n"}; gold and perplexity only where there are any."""
+    """One model's means, each {"value", "low", "high", "n"}; reward, gold and perplexity only where there are any."""
     tokens = [float(a.tokens) for a in answers]
-    found: dict[str, Any] = {
-        "reward": stats.mean([a.reward for a in answers]).as_dict(),
+    found: dict[str, Any] = {}
+    if rewards := _rewards(answers):
+        found["reward"] = stats.mean(rewards).as_dict()
+    found |= {
         "kl_sequence": stats.mean([a.kl for a in answers]).as_dict(),
         "kl_token": stats.ratio([a.kl for a in answers], tokens).as_dict(),
         "length": stats.mean(tokens).as_dict(),
@@ -64,7 +72,8 @@ def describe(answers: Sequence[Answer], losses: Sequence[TokenLoss]) -> dict[str
 
 def compare(after: Sequence[Answer], before: Sequence[Answer]) -> dict[str, dict[str, Any]]:
     """Paired differences (`gains`) and win rates (`win_rate`) of `after` over `before`, prompt by prompt."""
-    columns = {"reward": ([a.reward for a in after], [b.reward for b in before])}
+    scored = _rewards(after), _rewards(before)
+    columns = {"reward": scored} if all(scored) else {}
     for name in after[0].gold:
         key = "gold" if name == "gold" else f"gold_{name}"
         columns[key] = ([a.gold[name] for a in after], [b.gold[name] for b in before])
@@ -80,15 +89,17 @@ def compare(after: Sequence[Answer], before: Sequence[Answer]) -> dict[str, dict
 def evaluation_of(
     answers: Mapping[str, Sequence[Answer]], losses: Mapping[str, Sequence[TokenLoss]], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All of evaluation.json: settings, each model's numbers, PPO against SFT."""
+    """All of evaluation.json: settings, each model's numbers, the aligned model against SFT."""
     models = {m: describe(answers[m], losses.get(m, ())) for m in MODELS if m in answers}
+    aligned = aligned_of(models)
+    assert aligned, f"nothing to compare with SFT among {list(models)}"
     return {
         **settings,
         "prompts": len(answers["sft"]),
         "models": models,
-        **compare(answers["ppo"], answers["sft"]),
-        "method": "95 % intervals over prompts: Student's t (means, paired differences ppo - sft), Wilson (shares; a "
-        "tie is half a win), delta method (token means). kl: sampled k1 estimate against sft, at the same temperature.",
+        **compare(answers[aligned], answers["sft"]),
+        "method": f"95 % intervals over prompts: Student's t (means, paired differences {aligned} - sft), Wilson (shares; "
+        "a tie is half a win), delta method (token means). kl: sampled k1 estimate against sft, at the same temperature.",
     }
 
 
@@ -108,8 +119,10 @@ def flat_metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
                 flat[f"{key}_{model}"] = values[key]["value"]
         for part, value in values.get("gold_parts", {}).items():
             flat[f"gold_{part}_{model}"] = value["value"]
-    ppo = evaluation["models"]["ppo"]
-    flat |= {"kl_sequence": ppo["kl_sequence"]["value"], "kl_token": ppo["kl_token"]["value"]}
+    for model, values in evaluation["models"].items():
+        if model in (*ALIGNED, "ppo_ema"):
+            suffix = "" if model in ALIGNED else f"_{model}"
+            flat |= {f"{key}{suffix}": values[key]["value"] for key in ("kl_sequence", "kl_token")}
     return flat | {"prompts": evaluation["prompts"]}
 
 
@@ -121,8 +134,14 @@ def sample_rows(prompts: Sequence[str], answers: Mapping[str, Sequence[Answer]])
     ]
 
 
+def _rewards(answers: Sequence[Answer]) -> list[float]:
+    """The reward model's scores, empty without one."""
+    return [a.reward for a in answers if a.reward is not None]
+
+
 def _answer_row(answer: Answer) -> dict[str, Any]:
-    row: dict[str, Any] = {"text": answer.text, "reward": answer.reward, "kl": answer.kl}
+    scored = {} if answer.reward is None else {"reward": answer.reward}
+    row: dict[str, Any] = {"text": answer.text, **scored, "kl": answer.kl}
     if answer.gold:
         row |= {"gold": answer.gold["gold"], "gold_parts": {k: v for k, v in answer.gold.items() if k != "gold"}}
     return row | {"tokens": answer.tokens, "eos": answer.eos}

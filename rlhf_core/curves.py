@@ -56,6 +56,17 @@ _KL_NOTE = "Distance from the SFT model. Steady growth is normal; a jump means t
 KNOWN: dict[str, Known] = {
     "loss": Known("Loss", "nats per token"),
     "reward/loss": Known("Pairwise loss", "nats per pair", "−log σ(chosen − rejected); 0.69 is guessing.", math.log(2)),
+    "dpo/loss": Known("Preference loss", "nats per pair", "0.69 is the SFT model itself.", math.log(2)),
+    "dpo/margin": Known("Implicit reward margin", "reward, chosen − rejected", "β times the change in log-odds.", 0.0),
+    "chosen_reward": Known(
+        "Implicit reward, chosen", "β · log-ratio", "Falls with the rejected one's where both lose probability.", 0.0
+    ),
+    "rejected_reward": Known("Implicit reward, rejected", "β · log-ratio", "", 0.0),
+    "drift": Known(
+        "Drift from the SFT model", "nats per answer", "On the pairs' answers; no KL of its own samples.", 0.0
+    ),
+    "chosen_logprob": Known("Log-probability, chosen", "nats per answer", aside=True),
+    "rejected_logprob": Known("Log-probability, rejected", "nats per answer", aside=True),
     "perplexity": Known("Perplexity", "exp(nats per token)", log=True),
     "accuracy": Known("Accuracy", "share of pairs", "Pairs whose chosen answer scores higher; 0.5 is guessing.", 0.5),
     "margin": Known("Score margin", "score, chosen − rejected", "How far apart the two answers of a pair are.", 0.0),
@@ -75,6 +86,8 @@ KNOWN: dict[str, Known] = {
     "eos_rate": Known("Finished answers", "share of answers", "With an end-of-sequence token.", None, (-0.02, 1.02)),
     "critic_loss": Known("Value loss", "squared error / 2"),
     "actor_loss": Known("Policy loss", "clipped surrogate", "Near 0 by construction; no measure of progress."),
+    "ptx_loss": Known("Loss on pretraining text", "nats per token", "The mixture's other half."),
+    "kl_loss": Known("KL estimate in the loss", "nats per token", aside=True),
     "ratio_first": Known(
         "First update, largest |ratio − 1|", "", "Must be 0 up to rounding: sampler and trainer agree."
     ),

@@ -1,16 +1,18 @@
-"""The evaluate stage: base, SFT and PPO models answer held-out prompts; reward model, gold and KL judge the answers.
+"""The evaluate stage: base, SFT and PPO or DPO models answer held-out prompts; reward model, gold and KL judge the answers.
 
 Every model answers the first N prompts of the PPO test set once, with the same noise. Prompts are cut into batches by
 length before they are dealt to ranks, so a batch is computed alike whoever computes it and the numbers do not depend on
 the number of processes. One model at a time is in memory, whole on every rank (nothing is partitioned); SFT comes last
-because it also measures the others' KL. The base model takes part only if it is pretrained. Rank 0 writes
-evaluation.json, samples.jsonl, report.html and plots/.
+because it also measures the others' KL. The base model takes part only if it is pretrained, the average of PPO's actor
+(`ppo_ema`) only if there is one, the reward model only if the pipeline has one. Rank 0 writes evaluation.json,
+samples.jsonl, report.html and plots/.
 """
 
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,19 @@ import torch
 from datasets import Dataset, load_from_disk
 
 from rlhf_core import gold
-from rlhf_core.batches import right_pad
-from rlhf_core.comparison import MODELS, Answer, TokenLoss, evaluation_of, flat_metrics, sample_rows
+from rlhf_core.comparison import MODELS, Answer, TokenLoss, aligned_of, evaluation_of, flat_metrics, sample_rows
 from rlhf_core.context import JobContext
 from rlhf_core.distributed import gather, start
 from rlhf_core.errors import DataError, NonFiniteError
-from rlhf_core.models import ValueModel, base_model, check_positions, forward_inputs, load_causal_lm, load_tokenizer
+from rlhf_core.measure import RewardScorer, by_length, divergence, sample, token_losses
+from rlhf_core.models import base_model, load_causal_lm, load_tokenizer
+from rlhf_core.plots import label
 from rlhf_core.report import write_report
-from rlhf_core.rollout import Rollout, Sampling, generate, noise_seed
-from rlhf_core.scoring import end_scores, response_scores, target_logprobs
+from rlhf_core.rollout import Rollout, Sampling, noise_seed
 from rlhf_core.specs import EvaluateSpec
 
 HELD_OUT_ROWS = 200
-CURVE_STAGES = ("sft", "reward", "ppo")
+CURVE_STAGES = ("sft", "reward", "ppo", "dpo")
 
 
 class Evaluator:
@@ -46,19 +48,14 @@ class Evaluator:
         self.prompts = first_rows(data / "ppo" / "test", self.spec.prompts)
         if not self.prompts:
             raise DataError("data.shares: no prompt is held out for evaluation; raise ppo, test, or give more data")
-        lengths = [len(row["prompt_ids"]) for row in self.prompts]
-        self.batches = self._mine(lengths, self.resources.rollout_micro_batch)
+        self.batches = self._mine([len(row["prompt_ids"]) for row in self.prompts], self.resources.rollout_micro_batch)
         self.held_out = first_rows(data / "sft" / "test", HELD_OUT_ROWS if self.spec.perplexity else 0)
         assert self.spec.max_response_tokens is not None, "the plan fills it in"
-        self.sampling = Sampling(self.spec.max_response_tokens, self.spec.temperature)
-        self.longest = max(lengths)
+        self.sampling = Sampling(self.spec.max_response_tokens, self.spec.temperature, vocabulary=len(self.tokenizer))
 
     def _mine(self, lengths: Sequence[int], size: int) -> list[list[int]]:
-        """This rank's batches of row numbers: rows in order of length, cut evenly, then dealt in turn."""
-        order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-        size = math.ceil(len(order) / math.ceil(len(order) / size)) if order else size
-        batches = [order[i : i + size] for i in range(0, len(order), size)]
-        return batches[self.ranks.rank :: self.ranks.world]
+        """This rank's batches of row numbers."""
+        return by_length(lengths, size)[self.ranks.rank :: self.ranks.world]
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
@@ -98,101 +95,71 @@ class Evaluator:
         loaders: dict[str, Callable[[], Any]] = {}
         if spec is not None and spec.path is not None:
             loaders["base"] = lambda: base_model(spec, self.tokenizer, context.seed)
-        loaders["ppo"] = lambda: load_causal_lm(str(context.input("ppo") / "actor"))
+        for name, folder in self._aligned().items():
+            loaders[name] = partial(load_causal_lm, str(folder))
         loaders["sft"] = lambda: load_causal_lm(str(context.input("sft") / "model"))
         return loaders
 
+    def _aligned(self) -> dict[str, Path]:
+        """The folders of what preferences made of SFT: PPO's actor and its average, or DPO's model."""
+        stage = aligned_of(self.context.job.inputs)
+        assert stage, f"evaluate needs ppo or dpo among its inputs, it has {list(self.context.job.inputs)}"
+        folder = self.context.input(stage)
+        if stage == "dpo":
+            return {"dpo": folder / "model"}
+        averaged = folder / "actor_ema"
+        return {"ppo": folder / "actor"} | ({"ppo_ema": averaged} if averaged.is_dir() else {})
+
+    def _tell(self, phase: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.context.progress(done, total, phase, unit="batch")
+
     def sample(self, name: str, model: Any) -> list[Rollout]:
-        """One answer to each prompt of this rank, a rollout a batch; the noise is named by the prompt's number."""
-        check_positions(model.config, self.longest, self.sampling.max_new_tokens)
-        rollouts: list[Rollout] = []
-        for done, rows in enumerate(self.batches):
-            rollout = generate(
-                model,
-                [self.prompts[i]["prompt_ids"] for i in rows],
-                rows,
-                self.sampling,
-                seed=noise_seed(self.context.seed, "evaluate"),
-                eos=self.tokenizer.eos_token_id,
-                pad=self.tokenizer.pad_token_id,
-                batch_size=len(rows),
-            )
-            rollouts.append(rollout)
-            self.context.progress(done + 1, len(self.batches), f"sample {name}", unit="batch")
-        return rollouts
+        """One answer to each prompt of this rank, a rollout a batch."""
+        prompts = [row["prompt_ids"] for row in self.prompts]
+        seed = noise_seed(self.context.seed, "evaluate")
+        return sample(model, self.tokenizer, prompts, self.batches, self.sampling, seed, self._tell(f"sample {name}"))
 
     def held_out_losses(self, name: str, model: Any) -> dict[int, TokenLoss]:
         """-log p of the held-out SFT responses of this rank, by row."""
-        found: dict[int, TokenLoss] = {}
         batches = self._mine([len(row["input_ids"]) for row in self.held_out], self.resources.micro_batch)
-        for done, rows in enumerate(batches):
-            texts = [self.held_out[i]["input_ids"] for i in rows]
-            ids = right_pad(texts, self.tokenizer.pad_token_id, self.ranks.device)
-            mask = right_pad([[1] * len(text) for text in texts], 0, self.ranks.device)
-            labelled = right_pad([self.held_out[i]["loss_mask"] for i in rows], 0, self.ranks.device)[:, 1:].bool()
-            logits = model(**forward_inputs(model, ids, mask), use_cache=False).logits[:, :-1]
-            loss = torch.zeros(labelled.shape, device=self.ranks.device)
-            loss[labelled] = -target_logprobs(logits[labelled], ids[:, 1:][labelled])
-            sums, counts = loss.double().sum(1).tolist(), labelled.sum(1).tolist()
-            found.update({i: TokenLoss(s, n) for i, s, n in zip(rows, sums, counts, strict=True) if n})
-            self.context.progress(done + 1, len(batches), f"perplexity {name}", unit="batch")
-        return found
+        return token_losses(
+            model, self.tokenizer.pad_token_id, self.held_out, batches, self._tell(f"perplexity {name}")
+        )
 
     def divergence(self, name: str, rollouts: Sequence[Rollout], sft: Any) -> list[list[float]]:
         """log p(answer | model) - log p(answer | sft) of each answer, nats, a list a batch; 0 for SFT itself."""
         if name == "sft":
             return [[0.0] * len(r.response_ids) for r in rollouts]
-        found: list[list[float]] = []
-        for done, rollout in enumerate(rollouts):
-            own: list[float] = []
-            for part in self._micro_batches(rollout):
-                sequence = (part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask)
-                reference = response_scores(sft, *sequence, self.spec.temperature).logprobs
-                difference = torch.where(part.response_mask.bool(), part.logprobs - reference, 0.0)
-                own += difference.double().sum(1).tolist()
-            found.append(own)
-            self.context.progress(done + 1, len(rollouts), f"KL {name}", unit="batch")
-        return found
+        return divergence(sft, rollouts, self.sampling, self.resources.micro_batch, self._tell(f"KL {name}"))
 
     def judge(
         self, rollouts: dict[str, list[Rollout]], kl: dict[str, list[list[float]]]
     ) -> dict[str, dict[int, Answer]]:
         """Reward scores and gold of all answers of this rank: model -> prompt number -> answer."""
-        reward = ValueModel.load(self.context.input("reward") / "model").normalize(True).to(self.ranks.device).eval()
+        reward = None
+        if "reward" in self.context.job.inputs:
+            folder = self.context.input("reward") / "model"
+            reward = RewardScorer(folder, self.tokenizer, self.ranks.device, self.resources.micro_batch)
         answers: dict[str, dict[int, Answer]] = {name: {} for name in rollouts}
         for name, parts in rollouts.items():
-            for done, (rows, rollout, divergence) in enumerate(zip(self.batches, parts, kl[name], strict=True)):
-                scores = self._scores(reward, rollout)
-                judged = self._answers(rows, rollout, scores, divergence)
+            for done, (rows, rollout, nats) in enumerate(zip(self.batches, parts, kl[name], strict=True)):
+                scores = reward.scores(rollout) if reward else [None] * len(rows)
+                judged = self._answers(rows, rollout, scores, nats)
                 answers[name].update(zip(rows, judged, strict=True))
                 self.context.progress(done + 1, len(parts), f"judge {name}", unit="batch")
         return answers
 
-    def _scores(self, reward: ValueModel, rollout: Rollout) -> list[float]:
-        scores: list[float] = []
-        for part in self._micro_batches(rollout):
-            ids = torch.cat([part.prompt_ids, part.response_ids], 1)
-            mask = torch.cat([part.prompt_mask, part.response_mask], 1)
-            scores += end_scores(reward, ids, mask).tolist()
-        return scores
-
     def _answers(
-        self, rows: Sequence[int], rollout: Rollout, scores: Sequence[float], kl: Sequence[float]
+        self, rows: Sequence[int], rollout: Rollout, scores: Sequence[float | None], kl: Sequence[float]
     ) -> list[Answer]:
         ids = rollout.responses()
         texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         prompts = [self.prompts[i]["prompt"] for i in rows]
         golds = gold.score(self.spec.gold, prompts, texts) if self.spec.gold else [{} for _ in rows]
         return [
-            Answer(text, len(tokens), tokens[-1] == self.tokenizer.eos_token_id, divergence, score, judged)
-            for text, tokens, divergence, score, judged in zip(texts, ids, kl, scores, golds, strict=True)
+            Answer(text, len(tokens), tokens[-1] == self.tokenizer.eos_token_id, nats, score, judged)
+            for text, tokens, nats, score, judged in zip(texts, ids, kl, scores, golds, strict=True)
         ]
-
-    def _micro_batches(self, rollout: Rollout) -> list[Rollout]:
-        """The rollout in rows of `micro_batch`, for forward passes over whole answers."""
-        size, count = self.resources.micro_batch, len(rollout.response_ids)
-        names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "logprobs", "entropy")
-        return [Rollout(*(getattr(rollout, n)[i : i + size] for n in names)) for i in range(0, count, size)]
 
     def _in_order(self, mine: dict[str, dict[int, Any]]) -> dict[str, list[Any]]:
         """Every rank's records of every model, in the order of their rows, on every rank; collective."""
@@ -210,8 +177,12 @@ class Evaluator:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
         write_report(
             out,
-            title=f"{context.job.output.name}: did PPO help?",
-            stages={stage: read_rows(context.input(stage) / "metrics.jsonl") for stage in CURVE_STAGES},
+            title=f"{context.job.output.name}: did {label(aligned_of(answers) or '')} help?",
+            stages={
+                stage: read_rows(context.input(stage) / "metrics.jsonl")
+                for stage in CURVE_STAGES
+                if stage in context.job.inputs
+            },
             evaluation=evaluation,
             samples=samples[: self.spec.samples],
             lineage=lineage(context, metrics),
@@ -222,7 +193,7 @@ class Evaluator:
 def check_numbers(answers: Mapping[str, Sequence[Answer]]) -> None:
     """NonFiniteError if a model's answers have a score or KL that is not finite; alike on all ranks."""
     for model, rows in answers.items():
-        if bad := sum(not (math.isfinite(a.reward) and math.isfinite(a.kl)) for a in rows):
+        if bad := sum(not (math.isfinite(a.reward or 0.0) and math.isfinite(a.kl)) for a in rows):
             raise NonFiniteError(
                 f"evaluate: {bad} of {len(rows)} answers of {model} have a score or KL that is not finite"
             )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -36,18 +37,19 @@ class Weight:
     make: Callable[..., Tensor]
 
 
-def add_lora(model: nn.Module, spec: LoRASpec, field: str) -> None:
+def add_lora(model: nn.Module, spec: LoRASpec, field: str, seed: int = 0) -> None:
     """Inject adapters and freeze what the spec does not train; a `ValueModel`'s head is always trained.
 
     Args:
         model: changed in place.
         spec: rank, layers, what else is trained.
         field: where the spec stands in the configuration, for messages.
+        seed: of the adapters' first weights, which depend on nothing that happened before.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     known = linear_names(model)
-    if spec.quantize:
+    if spec.quantize and not any(hasattr(p, "quant_state") for p in model.parameters()):
         raise ConfigError(f"{field}.quantize: {spec.quantize} must be applied when the model is loaded")
     targets = set(spec.targets) if spec.targets else known
     if unknown := sorted(targets - known):
@@ -63,7 +65,9 @@ def add_lora(model: nn.Module, spec: LoRASpec, field: str) -> None:
     config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=chosen)  # pyright: ignore
     conv = any(type(module).__name__ == "Conv1D" for name, module in model.named_modules() if name in set(chosen))
     config.fan_in_fan_out = conv
-    inject_adapter_in_model(config, model, ADAPTER)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model, ADAPTER)
     extra = _also_trained(model, spec)
     for name, parameter in model.named_parameters():
         trained = ".lora_" in name or name in extra or name == "score.weight"
@@ -147,25 +151,41 @@ class WithoutAdapters:
 
     Attributes:
         module: the model inside, as in a DeepSpeed engine.
+        head: the head that the model started from, where the trained one has moved (`ValueModel`), else None.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, head: nn.Module | None = None) -> None:
         self.engine = engine
         self.module = engine.module
+        self.head = head
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
-        """A forward pass with the adapters off."""
-        with adapters_off(self.module):
-            return self.engine(*args, **inputs)
-
-    def backward(self, loss: Tensor) -> None:
-        """Refused: this is a frozen model."""
-        raise TypeError("a model without its adapters is not trained")
+        """A forward pass with the adapters off and the first head."""
+        if self.head is None:
+            with adapters_off(self.module):
+                return self.engine(*args, **inputs)
+        trained = self.module.score
+        try:
+            self.module.score = self.head
+            with adapters_off(self.module):
+                return self.engine(*args, **inputs)
+        finally:
+            self.module.score = trained
 
     def eval(self) -> "WithoutAdapters":
         """Switch dropout off in the shared model."""
         self.engine.eval()
         return self
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A copy of a whole weight on every rank, gathered where ZeRO-3 has partitioned it."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().clone()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
 
 
 def weights(model: nn.Module, merge: bool = True) -> list[Weight]:
@@ -182,7 +202,7 @@ def weights(model: nn.Module, merge: bool = True) -> list[Weight]:
         layer = adapted.get(owner) if leaf == "weight" else None
         plain = name.replace(".base_layer.", ".")
         if layer is None or not merge:
-            found.append(Weight(plain, [parameter], lambda w: w))
+            found.append(Weight(plain, [parameter], unquantized))
         else:
             found.append(_merged(plain, layer, parameter))
     kept = model.state_dict().keys()
@@ -190,24 +210,42 @@ def weights(model: nn.Module, merge: bool = True) -> list[Weight]:
     return found
 
 
+def unquantized(weight: Tensor) -> Tensor:
+    """The weight as it computes; one that bitsandbytes keeps in 4 bits is expanded (not tested: needs a GPU)."""
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit  # pyright: ignore
+
+    return dequantize_4bit(weight.data, state)
+
+
 def _merged(name: str, layer: Any, base: Tensor) -> Weight:
     scale, flip = layer.scaling[ADAPTER], bool(layer.fan_in_fan_out)
 
     def make(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        delta = scale * (b.float() @ a.float())
+        w, delta = unquantized(w), scale * (b.float() @ a.float())
         return (w.float() + (delta.T if flip else delta)).to(w.dtype)
 
     return Weight(name, [base, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight], make)
 
 
 def adapter_weights(model: nn.Module) -> list[Weight]:
-    """The adapters' weights, and what else was trained, under PEFT's names."""
+    """The adapters' weights, and what else was trained, under PEFT's names.
+
+    PEFT keeps whole modules besides the adapters, so a norm whose weight was trained is written with its bias. Biases of
+    adapted layers have no module of their own and go straight into the base layer. A tied weight is written under each name,
+    because PEFT copies the modules it keeps.
+    """
     prefix = getattr(getattr(model, "trunk", None), "base_model_prefix", None)
+    named = list(model.named_parameters(remove_duplicate=False))
+    trained = {name for name, p in named if p.requires_grad and ".lora_" not in name}
+    modules = {name.rpartition(".")[0] for name in trained if ".base_layer." not in name}
     found: list[Weight] = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+    for name, parameter in named:
+        if not parameter.requires_grad and name.rpartition(".")[0] not in modules:
             continue
-        plain = name.replace(f".{ADAPTER}.", ".").replace(".base_layer.", ".")
+        plain = name.replace(f".{ADAPTER}.", ".")
         if prefix and plain.startswith("trunk."):
             plain = prefix + plain.removeprefix("trunk")
         found.append(Weight(f"base_model.model.{plain}", [parameter], lambda w: w))
@@ -229,7 +267,8 @@ def write_adapter(folder: Path, state: dict[str, Tensor], model: nn.Module, spec
     adapted = layers(model)
     prefix = getattr(getattr(model, "trunk", None), "base_model_prefix", "")
     names = [prefix + n.removeprefix("trunk") if scalar else n for n, _ in adapted]
-    extra = sorted({n.removeprefix("base_model.model.").rpartition(".")[0] for n in state if ".lora_" not in n})
+    others = [n.removeprefix("base_model.model.") for n in state if ".lora_" not in n]
+    extra = sorted({n.rpartition(".")[0] for n in others if ".base_layer." not in n})
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
@@ -240,12 +279,14 @@ def write_adapter(folder: Path, state: dict[str, Tensor], model: nn.Module, spec
         "lora_dropout": spec.dropout,
         "target_modules": names,
         "fan_in_fan_out": bool(adapted[0][1].fan_in_fan_out),
-        "bias": "none",
+        "bias": "lora_only" if any(".base_layer." in n for n in others) else "none",
         "modules_to_save": extra or None,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     save_file(
-        {k: v.contiguous() for k, v in state.items()}, str(folder / "adapter_model.safetensors"), {"format": "pt"}
+        {k: v.clone().contiguous() for k, v in state.items()},
+        str(folder / "adapter_model.safetensors"),
+        {"format": "pt"},
     )
 
 

@@ -2,41 +2,30 @@
 
 A `ValueModel` is a trunk and a linear head without bias that gives one number per position. It is saved in the layout of
 Hugging Face's `…ForSequenceClassification` (trunk under its usual prefix, head as `score`), so plain transformers loads it.
-Loading is strict: a missing or unexpected weight is an error that names it. Weights are read and written as safetensors.
+Pretrained models are loaded by `pretrained`; with `zero_init` (ZeRO-3) a model is divided among the ranks from the start, new
+ones after they were made whole on every rank. Saving is in `export`.
 """
 
 import inspect
-import json
 import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from rlhf_core.errors import ConfigError
-from rlhf_core.sources import require_positions, resolve_model
+from rlhf_core.partitioned import build, divide, is_partitioned, read, shape_of, weight_files
+from rlhf_core.pretrained import load_causal_lm, model_config, set_dropout
+from rlhf_core.sources import require_positions
 from rlhf_core.specs import ModelSpec
 
 transformers_logging.disable_progress_bar()  # a bar a loaded model tells nobody anything
-
-DROPOUT_FIELDS = (
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "hidden_dropout",
-    "embed_dropout",
-    "embd_pdrop",
-    "attn_pdrop",
-    "resid_pdrop",
-    "classifier_dropout",
-    "layerdrop",
-)
 
 
 def new_config(spec: ModelSpec, vocab_size: int, pad: int, eos: int) -> Any:
@@ -78,59 +67,32 @@ def new_config(spec: ModelSpec, vocab_size: int, pad: int, eos: int) -> Any:
     return set_dropout(config, 0.0)
 
 
-def set_dropout(config: Any, p: float) -> Any:
-    """Set every dropout field the configuration has."""
-    for name in DROPOUT_FIELDS:
-        if isinstance(getattr(config, name, None), int | float):
-            setattr(config, name, p)
-    return config
-
-
-def new_causal_lm(spec: ModelSpec, tokenizer: Any, seed: int) -> PreTrainedModel:
+def new_causal_lm(spec: ModelSpec, tokenizer: Any, seed: int, dropout: float = 0.0) -> PreTrainedModel:
     """A causal language model with random weights, the same for the same seed."""
     config = new_config(spec, len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(set_dropout(config, dropout))
 
 
-def load_causal_lm(path: str, dropout: float | None = None, revision: str | None = None) -> PreTrainedModel:
-    """A pretrained causal language model in fp32 from a folder, a .gguf file, `package:NAME/FILE` or the hub.
+def base_model(
+    spec: ModelSpec,
+    tokenizer: Any,
+    seed: int,
+    dropout: float | None = None,
+    zero_init: dict[str, Any] | None = None,
+    quantize: str | None = None,
+) -> PreTrainedModel:
+    """The pipeline's starting point: pretrained or new; embeddings enlarged if the tokenizer has more tokens.
 
-    Raises:
-        ConfigError: nothing loadable is there, or a weight is missing or unexpected.
+    A vocabulary that is larger than the tokenizer's keeps its padding; it is never sampled (see `rollout`).
     """
-    place = resolve_model(path)
-    options: dict[str, Any] = {"dtype": torch.float32, "revision": revision, "output_loading_info": True}
-    if place.endswith(".gguf"):
-        from transformers import GgufConfig
-
-        options.update(gguf_file=Path(place).name, quantization_config=GgufConfig(dequantize=True))
-        place = str(Path(place).parent)
-    elif dropout is not None:
-        options["config"] = set_dropout(AutoConfig.from_pretrained(place, revision=revision), dropout)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(place, **options)
-        model, info = loaded
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(problem):
-            raise ConfigError(
-                f"model.path: {path!r}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:5]}"
-            )
-    return model
-
-
-def base_model(spec: ModelSpec, tokenizer: Any, seed: int, dropout: float | None = None) -> PreTrainedModel:
-    """The pipeline's starting point: pretrained or new; embeddings enlarged if the tokenizer has more tokens."""
     if spec.path is None:
-        model = new_causal_lm(spec, tokenizer, seed)
-        return model if dropout is None else type(model)(set_dropout(model.config, dropout))
-    model = load_causal_lm(spec.path, dropout, spec.revision)
-    embeddings: Any = model.get_input_embeddings()
-    if len(tokenizer) > embeddings.weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
+        if quantize:
+            raise ConfigError("lora.quantize: a new model has nothing worth freezing in 4 bits; remove quantize")
+        model = new_causal_lm(spec, tokenizer, seed, dropout or 0.0)
+        return divide(model, zero_init) if zero_init else model
+    model = load_causal_lm(spec.path, dropout, spec.revision, zero_init, quantize, rows=len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     if model.generation_config is not None:
@@ -206,60 +168,59 @@ class ValueModel(nn.Module):
         return self
 
     @classmethod
-    def from_causal_lm(cls, model: PreTrainedModel, seed: int) -> "ValueModel":
-        """The trunk of a language model with a new head (N(0, 1/sqrt(width+1)), Stiennon et al. 2020)."""
+    def from_causal_lm(cls, model: PreTrainedModel, seed: int, *, zero_head: bool = False) -> "ValueModel":
+        """The trunk of a language model with a new head: N(0, 1/sqrt(width+1)) (Stiennon et al. 2020), or zeros.
+
+        Where the language model is divided among the ranks, so is the head.
+        """
         head: Any = model.get_output_embeddings()
         trunk: Any = model.base_model
-        width = head.weight.shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(trunk, width)
+            value = cls(trunk, shape_of(head.weight)[1])
+        if zero_head:
+            nn.init.zeros_(value.score.weight)
+        if is_partitioned(model):
+            divide(value.score, model.zero_init)  # pyright: ignore
+        return value
 
     @classmethod
-    def load(cls, path: str | Path, dropout: float = 0.0) -> "ValueModel":
-        """Load what `save_value_model` wrote; strict."""
-        folder = Path(path)
-        config = set_dropout(AutoConfig.from_pretrained(folder), dropout)
-        state: dict[str, Tensor] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            state.update(load_file(file))
-        if "score.weight" not in state:
-            raise ConfigError(f"{folder}: not a reward model: no weight 'score.weight' among {sorted(state)[:3]}…")
-        trunk = AutoModel.from_config(config)
-        model = cls(trunk, state["score.weight"].shape[1])
-        prefix = f"{trunk.base_model_prefix}."
-        renamed = {
-            "trunk." + key.removeprefix(prefix) if key.startswith(prefix) else key: value
-            for key, value in state.items()
-        }
-        problems = model.load_state_dict(renamed, strict=False)
-        if problems.missing_keys or problems.unexpected_keys:
-            raise ConfigError(
-                f"{folder}: missing weights {problems.missing_keys[:5]}, unexpected {problems.unexpected_keys[:5]}"
-            )
+    def load(cls, path: str | Path, dropout: float = 0.0, zero_init: dict[str, Any] | None = None) -> "ValueModel":
+        """Load what `export.save_value_model` wrote; strict.
+
+        Args:
+            path: a folder.
+            dropout: of the trunk.
+            zero_init: `engine.zero_init`'s configuration: read tensor by tensor, in parts.
+
+        Raises:
+            ConfigError: not a reward model, quantised, or a weight is missing, unexpected or of another shape.
+        """
+        whose = str(path)
+        config = set_dropout(model_config(str(path), None, whose), dropout)
+        files = weight_files(str(path))
+        if not files:
+            raise ConfigError(f"{whose}: has no safetensors files")
+        width = _head_width(files, whose)
+        if zero_init:
+            model = cls(build(lambda: AutoModel.from_config(config, dtype=torch.float32), zero_init), width)
+            divide(model.score, zero_init)
+        else:
+            with no_init_weights():
+                model = cls(AutoModel.from_config(config, dtype=torch.float32), width)
+        prefix = f"{model.trunk.base_model_prefix}."
+        read(model, files, lambda k: f"trunk.{k.removeprefix(prefix)}" if k.startswith(prefix) else k, whose)
         return model
 
 
-def save_causal_lm(model: Any, state: dict[str, Tensor], tokenizer: Any, folder: Path) -> None:
-    """Write a language model as plain transformers loads it: weights, configuration, generation config, tokenizer."""
-    model.save_pretrained(folder, state_dict=state, safe_serialization=True)
-    tokenizer.save_pretrained(folder)
-
-
-def save_value_model(model: ValueModel, state: dict[str, Tensor], tokenizer: Any, folder: Path) -> None:
-    """Write a reward model or critic in the layout of `…ForSequenceClassification`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    prefix = f"{model.trunk.base_model_prefix}."
-    renamed = {
-        (prefix + k.removeprefix("trunk.") if k.startswith("trunk.") else k): v.contiguous().clone()
-        for k, v in state.items()
-    }
-    save_file(renamed, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config["model_type"])
-    config.update(architectures=[kind] if kind else None, num_labels=1, id2label={"0": "score"}, label2id={"score": 0})
-    (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
-    tokenizer.save_pretrained(folder)
+def _head_width(files: list[Path], whose: str) -> int:
+    names: list[str] = []
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            names += handle.keys()
+            if "score.weight" in handle.keys():
+                return int(handle.get_slice("score.weight").get_shape()[1])
+    raise ConfigError(f"{whose}: not a reward model: no weight 'score.weight' among {sorted(names)[:3]}…")
 
 
 def load_tokenizer(folder: str | Path) -> Any:

@@ -19,9 +19,10 @@ from PIL import Image
 
 from rlhf_core.curves import Known, Series, decimals, fixed, is_rough, known, moving_mean, number, shorten
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8F98"
+BLUE, ORANGE, GREEN, GREY, PINK = "#0072B2", "#D55E00", "#009E73", "#8A8F98", "#CC79A7"
 INK, SOFT, LINE = "#1F2328", "#57606A", "#C4C9D0"
-MODEL_COLORS = {"base": GREY, "sft": BLUE, "ppo": ORANGE}
+MODEL_COLORS = {"base": GREY, "sft": BLUE, "ppo": ORANGE, "ppo_ema": PINK, "dpo": ORANGE}
+MODEL_LABELS = {"base": "Base", "sft": "SFT", "ppo": "PPO", "ppo_ema": "PPO, EMA", "dpo": "DPO"}
 LEGEND: dict[str, Any] = {"frameon": False, "handlelength": 1.3, "columnspacing": 1.2, "handletextpad": 0.5}
 MOST_POINTS = 1500  # of a raw line; more are averaged in groups
 FEW_POINTS = 20  # up to here a line has markers
@@ -33,7 +34,7 @@ def draw_curve(path: Path, stage: str, name: str, lines: Sequence[Series]) -> No
     shown = known(stage, name) or Known(name)
     figure = Figure(figsize=(4.2, 2.6), dpi=DPI, facecolor="white")
     axes = figure.add_axes((0.165, 0.205, 0.81, 0.64))
-    _style(axes)
+    style(axes)
     for line in lines:
         (_draw_train if line.kind == "train" else _draw_eval)(axes, line)
     if shown.log and min(line.value.min() for line in lines) > 0:
@@ -52,7 +53,7 @@ def draw_curve(path: Path, stage: str, name: str, lines: Sequence[Series]) -> No
         fontsize=8,
         **LEGEND,
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_bars(path: Path, title: str, groups: Sequence[str], models: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -67,7 +68,7 @@ def draw_bars(path: Path, title: str, groups: Sequence[str], models: Mapping[str
     width = max(3.2, 1.1 + (0.5 + 0.42 * len(models)) * len(groups))
     figure = Figure(figsize=(width, 3.3), dpi=DPI, facecolor="white")
     axes = figure.add_axes((0.62 / width, 0.11, 1 - 0.77 / width, 0.68))
-    _style(axes)
+    style(axes)
     thick = 0.84 / max(1, len(models))
     digits = min(2, decimals([v["value"] for values in models.values() for v in values]))
     for i, (model, values) in enumerate(models.items()):
@@ -83,7 +84,7 @@ def draw_bars(path: Path, title: str, groups: Sequence[str], models: Mapping[str
         *axes.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.03 / width, 0.92), ncols=3, fontsize=8.5,
         **LEGEND,
     )  # fmt: skip
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_bar_row(
@@ -104,7 +105,7 @@ def _draw_bar_row(
 
 def label(model: str) -> str:
     """A model's name for people."""
-    return {"base": "Base", "sft": "SFT", "ppo": "PPO"}.get(model, model)
+    return MODEL_LABELS.get(model, model)
 
 
 def _draw_train(axes: Axes, line: Series) -> None:
@@ -176,7 +177,8 @@ def _log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
+    """The look of all axes: light grid, no frame above and at the right, small grey labels."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(LINE)
     axes.grid(axis="y", color="#E6E8EB", linewidth=0.8)
@@ -192,7 +194,7 @@ def _style(axes: Axes) -> None:
     axes.yaxis.get_offset_text().set(fontsize=8, color=SOFT)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Write the drawing with 64 colours: a third of the size, no visible difference."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

@@ -2,7 +2,8 @@
 
 Rollout `i` takes prompts `i*B … (i+1)*B - 1` of a stream of epochs (a permutation each, by seed and epoch); the position in the
 stream names the answer for the sampling noise, so the same prompt meets new noise in every epoch and the run does not depend
-on the number of processes. Saves actor and critic.
+on the number of processes. Saves actor and critic, and where they are asked for the actor's average, its adapter, and
+snapshots of it on the way. Pretraining text for the mixture loss is a stream of its own, `ptx` of the data or the SFT share.
 """
 
 import json
@@ -10,14 +11,17 @@ import time
 from typing import Any
 
 import torch
+from datasets import Dataset
 
-from rlhf_core.batches import open_rows, step_rows
+from rlhf_core.batches import Row, open_rows, step_rows
 from rlhf_core.context import JobContext
 from rlhf_core.errors import DataError
 from rlhf_core.experience import Experience
+from rlhf_core.lora import trained
 from rlhf_core.models import load_tokenizer
+from rlhf_core.ppo_args import PPOArgs
 from rlhf_core.ppo_trainer import DeepSpeedPPOTrainer
-from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine, PPOArgs
+from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine
 from rlhf_core.specs import PPOSpec
 
 SAMPLES_LOGGED = 4
@@ -37,12 +41,21 @@ class PPOStage:
         args = PPOArgs(self.spec, context.job.resources, context.seed)
         self.engine = DeepSpeedRLHFEngine(
             actor_model_name_or_path=str(context.input("sft") / "model"),
-            critic_model_name_or_path=str(context.input("reward") / "model"),
+            critic_model_name_or_path=str(context.input("reward") / "model")
+            if "reward" in context.job.inputs
+            else None,
             tokenizer=tokenizer,
             num_total_iters=self.spec.steps,
             args=args,
         )
         self.trainer = DeepSpeedPPOTrainer(engine=self.engine, args=args)
+        self.trained = trained(self.engine.actor.module)
+        self.texts = self._pretraining_rows() if self.spec.ptx else None
+
+    def _pretraining_rows(self) -> Dataset:
+        """The text of the mixture loss."""
+        data = self.context.input("data")
+        return open_rows(data / ("ptx" if (data / "ptx").is_dir() else "sft") / "train")
 
     def run(self) -> dict[str, Any]:
         """Train and save; returns the stage's metrics."""
@@ -55,11 +68,13 @@ class PPOStage:
             self.context.log("train", step + 1, metrics)
             shown = {k: metrics[k] for k in ("score", "kl_sequence", "response_length", "eos_rate")}
             self.context.progress(step + 1, self.spec.steps, "train", shown, unit="rollout")
+            self._snapshot(step + 1)
         seconds = time.monotonic() - began
-        self.engine.save(self.context.out / "actor", self.context.out / "critic")
+        self.save()
         last = history[-max(1, len(history) // 10) :]
         return {
             "steps": self.spec.steps,
+            "parameters_trained": self.trained,
             "tokens": int(tokens),
             "tokens_per_second": tokens / seconds,
             "score_first": history[0]["score"],
@@ -73,11 +88,33 @@ class PPOStage:
         began = time.monotonic()
         experience = self.trainer.generate_experience(self.prompts(step))
         sampled = time.monotonic()
-        self.trainer.train_rlhf(experience)
+        self.trainer.train_rlhf(experience, self.pretraining if self.texts is not None else None)
         if step % max(1, self.spec.steps // 10) == 0:
             self._log_answers(step, experience)
         times = {"seconds_rollout": sampled - began, "seconds_update": time.monotonic() - sampled}
         return {**self.trainer.metrics, **times}
+
+    def pretraining(self, update: int) -> list[Row]:
+        """The pretraining rows of one optimizer step, the same on all ranks."""
+        assert self.texts is not None and self.spec.ptx is not None
+        answers = self.spec.rollout_batch_size * self.spec.answers
+        size = self.spec.ptx.batch_size or answers // self.spec.minibatches
+        return self.texts.select(step_rows(len(self.texts), size, update, self.context.seed)).to_list()
+
+    def save(self) -> None:
+        """Write all models of the result."""
+        out, inputs = self.context.out, self.context.job.inputs
+        self.engine.save(out / "actor", out / "critic")
+        if self.engine.actor_ema is not None:
+            self.engine.save_ema(out / "actor_ema")
+        reward = inputs.get("reward", inputs["sft"])
+        self.engine.save_adapters(out, f"{inputs['sft'].id}/model", f"{reward.id}/model")
+
+    def _snapshot(self, step: int) -> None:
+        """A copy of the actor on the way; the last one is the result itself."""
+        every = self.spec.snapshot_every
+        if every and step % every == 0 and step < self.spec.steps:
+            self.engine.save(self.context.out / "snapshots" / f"step-{step:06d}")
 
     def prompts(self, step: int) -> dict[str, Any]:
         """This rank's prompts of rollout `step`."""

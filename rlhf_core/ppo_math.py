@@ -83,6 +83,37 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, select(advantages + values, mask)
 
 
+def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Discounted sum of the rewards from each token on, `[batch, response]`: REINFORCE's return."""
+    zeros = torch.zeros_like(rewards)
+    return gae(rewards, zeros, mask, gamma, 1.0)[0]
+
+
+def leave_one_out(scores: Tensor, answers: int) -> Tensor:
+    """RLOO: each score less the mean of the other answers to its prompt (Ahmadian et al. 2024, arXiv 2402.14740).
+
+    Args:
+        scores: `[prompts * answers]`, the answers to one prompt side by side.
+        answers: to a prompt, at least 2.
+    """
+    groups = scores.view(-1, answers)
+    others = (groups.sum(1, keepdim=True) - groups) / (answers - 1)
+    return (groups - others).flatten()
+
+
+def group_normalized(scores: Tensor, answers: int) -> Tensor:
+    """GRPO: (score - mean) / (std + 1e-4) over the answers to one prompt (Shao et al. 2024, arXiv 2402.03300).
+
+    A group whose scores are all alike says nothing and gets 0. The deviation is the unbiased one.
+
+    Args:
+        scores: `[prompts * answers]`, the answers to one prompt side by side.
+        answers: to a prompt, at least 2.
+    """
+    groups = scores.view(-1, answers)
+    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+
+
 @dataclass(frozen=True)
 class PolicyTerms:
     """Per token, `[batch, response]`: `loss`, `ratio`, `approx_kl` (k3 of old || new), `clipped` (bool)."""
@@ -93,14 +124,35 @@ class PolicyTerms:
     clipped: Tensor
 
 
-def policy_terms(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> PolicyTerms:
-    """Clipped surrogate: max(-A r, -A clip(r, 1 - clip, 1 + clip)), 0 where masked."""
+def policy_terms(
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+) -> PolicyTerms:
+    """Clipped surrogate: max(-A r, -A clip(r, 1 - clip, 1 + clip)), 0 where masked.
+
+    Args:
+        logprobs, old: `[batch, response]` of the policy now and of the one that sampled.
+        advantages: `[batch, response]`.
+        mask: `[batch, response]`.
+        clip: largest change of the ratio that is rewarded.
+        clip_high: another bound upwards (Yu et al. 2025, DAPO, arXiv 2503.14476); default `clip`.
+        dual_clip: for A < 0 the loss is at most -A dual_clip (Ye et al. 2020, arXiv 1912.09729); default unbounded.
+    """
     log_ratio = select(logprobs - old, mask)
     ratio = log_ratio.exp()
     advantages = select(advantages, mask)
-    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    high = clip if clip_high is None else clip_high
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + high)
+    loss = torch.maximum(plain, clipped)
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
     return PolicyTerms(
-        loss=select(torch.maximum(plain, clipped), mask),
+        loss=select(loss, mask),
         ratio=ratio,
         approx_kl=torch.expm1(log_ratio) - log_ratio,
         clipped=(clipped > plain) & mask.bool(),

@@ -5,12 +5,13 @@
         actor_loss, critic_loss = trainer.train_rlhf(out)
 
 Per rollout: sample answers (their log-probabilities are the old ones: same weights, same distribution), score them with
-reference, critic and reward model, then `ppo_epochs` passes of `minibatches` optimizer steps over the global batch. Dropout
-is off in all models. `trainer.metrics` holds the health metrics of the last call. The PPO stage runs on these two classes.
+reference, critic and reward sources, then `ppo_epochs` passes of `minibatches` optimizer steps over the global batch. Dropout
+is off in all models. Without a critic (RLOO, REINFORCE++, GRPO) the answers to one prompt, or the batch, are the baseline.
+`trainer.metrics` holds the health metrics of the last call. The PPO stage runs on these two classes.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,20 @@ import torch
 from torch import Tensor
 
 from rlhf_core import ppo_math as pm
-from rlhf_core.batches import deal
+from rlhf_core.answer_scorer import AnswerScorer
+from rlhf_core.batches import Row, deal, right_pad
 from rlhf_core.distributed import sum_over_ranks
 from rlhf_core.engine import check_finite, grad_norm, set_lr
 from rlhf_core.errors import ConfigError, DataError
-from rlhf_core.experience import Experience, concatenate, gather_experience
-from rlhf_core.models import check_positions
-from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine, PPOArgs, ppo_args
-from rlhf_core.rollout import Rollout, Sampling, generate
-from rlhf_core.scoring import end_scores, response_scores, response_values
+from rlhf_core.experience import Experience, gather_experience
+from rlhf_core.models import check_positions, forward_inputs
+from rlhf_core.ppo_args import PPOArgs, ppo_args
+from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine
+from rlhf_core.rollout import Sampling, generate
+from rlhf_core.scoring import response_scores, target_logprobs
+
+PretrainingRows = Callable[[int], Sequence[Row]]
+ACTOR_SUMS = ("actor_loss", "approx_kl", "clip_fraction", "entropy_update", "ratio_mean", "kl_loss")
 
 
 class DeepSpeedPPOTrainer:
@@ -51,24 +57,30 @@ class DeepSpeedPPOTrainer:
         self.samples = 0
         self.metrics: dict[str, float] = {}
         self.total_steps = engine.num_total_iters * self.spec.ppo_epochs * self.spec.minibatches
-        self.sampling = Sampling(self.args.max_response_tokens, self.spec.temperature, self.spec.top_k, self.spec.top_p)
+        spec = self.spec
+        self.vocabulary = len(self.tokenizer)
+        limit = self.args.max_response_tokens
+        self.sampling = Sampling(limit, spec.temperature, spec.top_k, spec.top_p, self.vocabulary)
+        self.scorer = AnswerScorer(engine, self.args)
 
     def generate_experience(self, prompt_batch: Mapping[str, Any]) -> Experience:
-        """Sample an answer to each prompt of this rank and score it.
+        """Sample `samples_per_prompt` answers to each prompt of this rank and score them.
 
         Args:
             prompt_batch: "prompt" `[batch, tokens]` left-padded ids with "prompt_att_mask" of the same shape (as
                 DeepSpeed-Chat's loader yields; without a mask, pad tokens are masked), or "prompt" as lists of ids;
-                optionally "sample_ids" `[batch]`, unique names of the answers for the noise, default: a running number.
+                optionally "sample_ids" `[batch]`, unique numbers of the prompts for the noise, default: a running number.
 
         Returns:
-            This rank's rows.
+            This rank's rows; the answers to one prompt side by side.
         """
-        prompts = self._prompt_lists(prompt_batch)
+        prompts, answers = self._prompt_lists(prompt_batch), self.spec.answers
         ids = prompt_batch.get("sample_ids")
-        names = self._next_names(len(prompts)) if ids is None else [int(i) for i in ids]
-        self.engine.actor.eval()
-        self.engine.critic.eval()
+        numbers = self._next_names(len(prompts)) if ids is None else [int(i) for i in ids]
+        names = [number * answers + k for number in numbers for k in range(answers)]
+        prompts = [prompt for prompt in prompts for _ in range(answers)]
+        for engine in self.engine.models.values():
+            engine.eval()
         zero3 = self.engine.actor.zero_optimization_stage() == 3
         rollout = generate(
             self.engine.actor.module,
@@ -81,7 +93,7 @@ class DeepSpeedPPOTrainer:
             batch_size=self.resources.rollout_micro_batch,
             lock_step=zero3,
         )
-        experience = self.score(rollout, names)
+        experience = self.scorer.score(rollout, names)
         self.metrics = self._rollout_metrics(experience)
         return experience
 
@@ -102,47 +114,6 @@ class DeepSpeedPPOTrainer:
         check_positions(self.engine.actor.module.config, max(map(len, rows)), self.args.max_response_tokens)
         return rows
 
-    @torch.no_grad()
-    def score(self, rollout: Rollout, names: list[int]) -> Experience:
-        """Reference log-probabilities, values and reward scores of a rollout, by micro-batches."""
-        eos = self.tokenizer.eos_token_id
-        ended = ((rollout.response_ids == eos) & rollout.response_mask.bool()).any(1)
-        lengths = (rollout.prompt_mask.sum(1) + rollout.response_mask.sum(1)).tolist()
-        blank = torch.zeros_like(rollout.logprobs)
-        whole = Experience(
-            sample_ids=torch.tensor(names, device=blank.device),
-            prompt_ids=rollout.prompt_ids,
-            prompt_mask=rollout.prompt_mask,
-            response_ids=rollout.response_ids,
-            response_mask=rollout.response_mask,
-            logprobs=rollout.logprobs,
-            entropy=rollout.entropy,
-            ref_logprobs=blank,
-            values=blank,
-            scores=torch.zeros(len(names), device=blank.device),
-            ended=ended,
-            support=rollout.support,
-        )
-        parts = [self._score_part(whole.rows(torch.tensor(i))) for i in deal(lengths, 0, 1, self.resources.micro_batch)]
-        merged = concatenate(parts, self.tokenizer.pad_token_id)
-        return merged.rows(torch.argsort(merged.sample_ids))
-
-    def _score_part(self, rows: Experience) -> Experience:
-        sequence = (rows.prompt_ids, rows.prompt_mask, rows.response_ids, rows.response_mask)
-        reference = response_scores(self.engine.ref, *sequence, self.spec.temperature, rows.support).logprobs
-        values = response_values(self.engine.critic, *sequence)
-        ids = torch.cat([rows.prompt_ids, rows.response_ids], 1)
-        mask = torch.cat([rows.prompt_mask, rows.response_mask], 1)
-        scores = end_scores(self.engine.reward, ids, mask)
-        return Experience(
-            **{
-                **vars(rows),
-                "ref_logprobs": pm.select(reference, rows.response_mask),
-                "values": pm.select(values, rows.response_mask),
-                "scores": scores,
-            }
-        )
-
     def _rollout_metrics(self, e: Experience) -> dict[str, float]:
         """Masked statistics of this rollout over all ranks."""
         mask = e.response_mask
@@ -158,9 +129,12 @@ class DeepSpeedPPOTrainer:
             (mask.sum(1) ** 2).sum(),
             e.prompt_mask.sum(),
         ]
-        rows, tokens, kl_sum, entropy, score, score2, ended, squares, prompt = sum_over_ranks([float(v) for v in sums])
+        totals = sum_over_ranks([*(float(v) for v in sums), *self.scorer.parts.values()])
+        rows, tokens, kl_sum, entropy, score, score2, ended, squares, prompt = totals[:9]
         mean, length = score / rows, tokens / rows
+        parts = dict(zip(self.scorer.parts, totals[9:], strict=True))
         return {
+            **({name: total / rows for name, total in parts.items()} if len(parts) > 1 else {}),
             "score": mean,
             "score_std": max(score2 / rows - mean**2, 0.0) ** 0.5,
             "kl_sequence": kl_sum / rows,
@@ -174,14 +148,15 @@ class DeepSpeedPPOTrainer:
             "prompt_tokens": prompt,
         }
 
-    def train_rlhf(self, experience: Experience) -> tuple[float, float]:
+    def train_rlhf(self, experience: Experience, ptx: PretrainingRows | None = None) -> tuple[float, float]:
         """All updates on one rollout: `ppo_epochs` passes of `minibatches` optimizer steps of actor and critic.
 
         Args:
             experience: this rank's rows, as `generate_experience` returned them.
+            ptx: gives the pretraining rows of optimizer step i (the same on all ranks), for `args.ptx`.
 
         Returns:
-            Mean actor and critic loss over the updates; `metrics` has the rest.
+            Mean actor and critic loss over the updates (0 without a critic); `metrics` has the rest.
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; the weights are those before that update.
@@ -194,6 +169,7 @@ class DeepSpeedPPOTrainer:
                 f"for {self.ranks.world} processes; change rollout_batch_size or minibatches"
             )
         advantages, returns = self.advantages(everything)
+        self.train()
         sums: dict[str, float] = defaultdict(float)
         actor_on = self.iteration >= self.spec.critic_warmup
         updates, stopped = 0, False
@@ -201,7 +177,8 @@ class DeepSpeedPPOTrainer:
             order = np.random.default_rng((self.args.seed, self.iteration, epoch)).permutation(len(everything))
             for k in range(self.spec.minibatches):
                 chosen = torch.from_numpy(order[k * minibatch : (k + 1) * minibatch])
-                stats = self._update(everything, advantages, returns, chosen, actor_on)
+                rows = ptx(self.optimizer_step) if ptx and self.spec.ptx and actor_on else []
+                stats = self._update(everything, advantages, returns, chosen, actor_on, rows)
                 if not updates:
                     self.metrics["ratio_first"] = stats["ratio_deviation"]
                 updates += 1
@@ -218,21 +195,35 @@ class DeepSpeedPPOTrainer:
         self.metrics.update({name: value / updates for name, value in sums.items()})
         self.metrics.update(updates=updates, kl_stopped=float(stopped))
         values, mask = everything.values, everything.response_mask
-        self.metrics["explained_variance"] = float(pm.explained_variance(values, returns, mask))
+        if self.engine.critic is not None:
+            self.metrics["explained_variance"] = float(pm.explained_variance(values, returns, mask))
         self.metrics["return_mean"] = float(pm.masked_mean(returns, mask))
         self._adapt_kl(len(everything))
         self.iteration += 1
-        return self.metrics["actor_loss"], self.metrics["critic_loss"]
+        return self.metrics["actor_loss"], self.metrics.get("critic_loss", 0.0)
 
     def advantages(self, e: Experience) -> tuple[Tensor, Tensor]:
-        """Advantages (whitened if the spec says so) and returns of the global batch, `[batch, response]` each."""
+        """Advantages and returns of the global batch, `[batch, response]` each, by the spec's estimator.
+
+        gae and reinforce++ whiten the advantages if the spec says so; rloo and grpo compare the answers to one prompt,
+        and all tokens of an answer share its advantage. Returns are the critic's targets (gae), else what was earned.
+        """
         spec, mask = self.spec, e.response_mask
         scores = pm.shaped_scores(e.scores, e.ended, spec.score_clip, spec.missing_eos_penalty, spec.missing_eos)
+        price = self.kl_coef if spec.kl_penalty == "reward" else 0.0
         kl = pm.kl_estimate(e.logprobs, e.ref_logprobs, spec.kl_estimator)
-        rewards = pm.token_rewards(scores, kl, mask, self.kl_coef)
+        if spec.estimator in ("rloo", "grpo"):
+            earned = scores - price * pm.select(kl, mask).sum(1)
+            compare = pm.leave_one_out if spec.estimator == "rloo" else pm.group_normalized
+            gains = compare(earned, spec.answers)
+            return pm.select(gains.unsqueeze(1).expand_as(kl), mask), pm.select(earned.unsqueeze(1).expand_as(kl), mask)
+        rewards = pm.token_rewards(scores, kl, mask, price)
         if spec.whiten_rewards:
             rewards = pm.whiten(rewards, mask, shift_mean=False)
-        advantages, returns = pm.gae(rewards, e.values, mask, spec.gamma, spec.lam)
+        if spec.estimator == "gae":
+            advantages, returns = pm.gae(rewards, e.values, mask, spec.gamma, spec.lam)
+        else:
+            advantages = returns = pm.reward_to_go(rewards, mask, spec.gamma)
         if spec.whiten_advantages:
             advantages = pm.whiten(advantages, mask)
         return advantages, returns
@@ -244,7 +235,13 @@ class DeepSpeedPPOTrainer:
             self.kl_coef = pm.adapt_kl_coef(self.kl_coef, observed, spec.kl_target, episodes, spec.kl_horizon)
 
     def _update(
-        self, e: Experience, advantages: Tensor, returns: Tensor, chosen: Tensor, actor_on: bool
+        self,
+        e: Experience,
+        advantages: Tensor,
+        returns: Tensor,
+        chosen: Tensor,
+        actor_on: bool,
+        ptx: Sequence[Row],
     ) -> dict[str, float]:
         """One optimizer step of the critic and, unless it warms up, of the actor, on the rows `chosen`."""
         spec, engine = self.spec, self.engine
@@ -252,63 +249,140 @@ class DeepSpeedPPOTrainer:
         scale = self.ranks.world / count
         lengths = (e.prompt_mask[chosen].sum(1) + e.response_mask[chosen].sum(1)).tolist()
         lr = set_lr(engine.actor, self.optimizer_step, spec.actor_optim, self.total_steps)
-        critic_lr = set_lr(engine.critic, self.optimizer_step, spec.critic_optim, self.total_steps)
-        sums, largest = np.zeros(6), 0.0
+        sums, critic_loss, largest = np.zeros(len(ACTOR_SUMS)), 0.0, 0.0
         for part in deal(lengths, self.ranks.rank, self.ranks.world, self.resources.micro_batch):
             index = chosen[torch.tensor(part)]
             rows = e.rows(index)
             width = rows.response_ids.shape[1]
             gains, targets = advantages[index][:, :width], returns[index][:, :width]
             stats, deviation = self._actor_part(rows, gains, scale, actor_on)
-            sums[:5] += stats
+            sums += stats
             largest = max(largest, deviation)
-            sums[5] += self._critic_part(rows, targets, scale)
+            if engine.critic is not None:
+                critic_loss += self._critic_part(rows, targets, scale)
+        found = {"ratio_deviation": largest, "lr_actor": lr}
+        if ptx:
+            found["ptx_loss"] = self._ptx_part(ptx)
         if actor_on:
             engine.actor.step()
-        engine.critic.step()
+            self._average()
+            found["actor_grad_norm"] = grad_norm(engine.actor)
+        totals = sum_over_ranks([*sums.tolist(), critic_loss])
+        found |= {name: value / count for name, value in zip(ACTOR_SUMS, totals, strict=False)}
+        if engine.critic is not None:
+            found["lr_critic"] = set_lr(engine.critic, self.optimizer_step, spec.critic_optim, self.total_steps)
+            engine.critic.step()
+            found |= {"critic_loss": totals[-1] / count, "critic_grad_norm": grad_norm(engine.critic)}
         self.optimizer_step += 1
-        totals = sum_over_ranks(sums.tolist())
-        names = ("actor_loss", "approx_kl", "clip_fraction", "entropy_update", "ratio_mean", "critic_loss")
-        return {
-            **{name: value / count for name, value in zip(names, totals, strict=True)},
-            "ratio_deviation": largest,
-            "lr_actor": lr,
-            "lr_critic": critic_lr,
-            "actor_grad_norm": grad_norm(engine.actor) if actor_on else 0.0,
-            "critic_grad_norm": grad_norm(engine.critic),
-        }
+        return found
+
+    def _average(self) -> None:
+        """Move the actor's average, or keep it at the actor until it starts."""
+        ema, spec = self.engine.actor_ema, self.spec.ema
+        if ema is not None and spec is not None:
+            ema.update() if self.iteration >= spec.start_step else ema.restart()
 
     def _actor_part(self, rows: Experience, gains: Tensor, scale: float, train: bool) -> tuple[np.ndarray, float]:
         """Forward and backward of the actor on one micro-batch; sums of its statistics and the largest |ratio - 1|."""
         spec, mask = self.spec, rows.response_mask
+        sequence = (rows.prompt_ids, rows.prompt_mask, rows.response_ids, mask)
         with torch.set_grad_enabled(train):
             scores = response_scores(
                 self.engine.actor,
-                rows.prompt_ids,
-                rows.prompt_mask,
-                rows.response_ids,
-                mask,
+                *sequence,
                 spec.temperature,
                 rows.support,
                 entropy=True,
+                vocabulary=self.vocabulary,
             )
-            terms = pm.policy_terms(scores.logprobs, rows.logprobs, gains, mask, spec.clip)
+            terms = pm.policy_terms(
+                scores.logprobs, rows.logprobs, gains, mask, spec.clip, spec.clip_high, spec.dual_clip
+            )
             entropy = pm.select(scores.entropy, mask)
+            kl = self._loss_kl(scores.logprobs, rows)
             loss = terms.loss.sum() - spec.entropy_coef * entropy.sum() if spec.entropy_coef else terms.loss.sum()
+            if spec.kl_penalty == "loss":
+                loss = loss + self.kl_coef * kl.sum()
         check_finite("actor loss", loss)
         if train:
             self.engine.actor.backward(loss * scale)
         ratio = pm.select(terms.ratio.detach(), mask)
-        sums = [terms.loss.sum(), terms.approx_kl.sum(), terms.clipped.sum(), entropy.sum(), ratio.sum()]
+        sums = [terms.loss.sum(), terms.approx_kl.sum(), terms.clipped.sum(), entropy.sum(), ratio.sum(), kl.sum()]
         deviation = pm.select((terms.ratio.detach() - 1).abs(), mask).max().item()
         return np.array([float(v.detach()) for v in sums]), deviation
 
+    def _loss_kl(self, logprobs: Tensor, rows: Experience) -> Tensor:
+        """Per-token KL to the reference as a loss, `[batch, response]`: k3, or k2. The gradient of k1 has mean 0."""
+        kind = "k2" if self.spec.kl_estimator == "k2" else "k3"
+        return pm.select(pm.kl_estimate(logprobs, rows.ref_logprobs, kind), rows.response_mask)
+
+    def _ptx_part(self, rows: Sequence[Row]) -> float:
+        """Backward of `coef` times the token-mean cross-entropy of the global batch of rows; that mean."""
+        assert self.spec.ptx is not None
+        counts = [sum(row["loss_mask"][1:]) for row in rows]
+        count, total = float(sum(counts)), 0.0
+        lengths = [len(row["input_ids"]) for row in rows]
+        for part in deal(lengths, self.ranks.rank, self.ranks.world, self.resources.micro_batch):
+            loss = self._text_loss([rows[i]["input_ids"] for i in part], [rows[i]["loss_mask"] for i in part])
+            check_finite("ptx loss", loss)
+            self.engine.actor.backward(loss * (self.spec.ptx.coef * self.ranks.world / count))
+            total += loss.item()
+        return sum_over_ranks([total])[0] / count
+
+    def _text_loss(self, texts: Sequence[Sequence[int]], labelled: Sequence[Sequence[int]]) -> Tensor:
+        """Sum of -log p over the labelled tokens of some texts under the actor."""
+        device = self.ranks.device
+        ids = right_pad(texts, self.tokenizer.pad_token_id, device)
+        mask = right_pad([[1] * len(text) for text in texts], 0, device)
+        counted = right_pad(labelled, 0, device)[:, 1:].bool()
+        actor = self.engine.actor
+        logits = actor(**forward_inputs(actor.module, ids, mask), use_cache=False).logits
+        return -target_logprobs(logits[:, :-1][counted], ids[:, 1:][counted]).sum()
+
     def _critic_part(self, rows: Experience, targets: Tensor, scale: float) -> float:
         """Forward and backward of the critic on one micro-batch; the sum of its loss."""
-        values = response_values(
-            self.engine.critic, rows.prompt_ids, rows.prompt_mask, rows.response_ids, rows.response_mask
-        )
+        assert self.engine.critic is not None
+        values = self.scorer.values(rows)
         loss = pm.value_terms(values, rows.values, targets, rows.response_mask, self.spec.value_clip).sum()
         check_finite("critic loss", loss)
         self.engine.critic.backward(loss * scale)
         return loss.item()
+
+    def train(self) -> None:
+        """Actor and critic in training mode, which gradient checkpointing needs; dropout is off in both all the same."""
+        for engine in (self.engine.actor, self.engine.critic):
+            if engine is not None:
+                engine.train()
+
+    def eval(self) -> None:
+        """All models in evaluation mode."""
+        for engine in self.engine.models.values():
+            engine.eval()
+
+
+class DeepSpeedPPOTrainerUnsupervised(DeepSpeedPPOTrainer):
+    """DeepSpeed-Chat's trainer with an unsupervised loss of its own optimizer step.
+
+    `train_rlhf(experience, ptx=...)` mixes the two losses in one step instead, which is what the PPO stage does.
+    """
+
+    def train_unsupervised(self, inputs: Mapping[str, Tensor], unsup_coef: float) -> float:
+        """One optimizer step of the actor on `unsup_coef` times the token-mean cross-entropy of a batch; that mean.
+
+        Args:
+            inputs: "input_ids" and "attention_mask" `[batch, tokens]` of this rank, and optionally "labels" (-100: not
+                counted), default: all tokens.
+            unsup_coef: weight of the loss.
+        """
+        labels = inputs.get("labels")
+        counted = inputs["attention_mask"].bool() if labels is None else labels != -100
+        keep = inputs["attention_mask"].bool()
+        pairs = list(zip(inputs["input_ids"], keep, counted, strict=True))
+        texts = [ids[mask].tolist() for ids, mask, _ in pairs]
+        labelled = [count[mask].long().tolist() for _, mask, count in pairs]
+        (count,) = sum_over_ranks([float(sum(sum(row[1:]) for row in labelled))])
+        loss = self._text_loss(texts, labelled)
+        check_finite("unsupervised loss", loss)
+        self.engine.actor.backward(loss * (unsup_coef * self.ranks.world / count))
+        self.engine.actor.step()
+        return sum_over_ranks([loss.item()])[0] / count

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page that says whether PPO helped, at what price, and how training went.
+"""The report: one self-contained HTML page that says whether PPO or DPO helped, at what price, and how training went.
 
 Pure functions from plain data to files; no torch, no network, no clock. The page opens with a verdict that follows
 from the intervals by fixed rules (`verdict`, `warnings`), then tables, sample answers side by side (the first prompts
@@ -13,13 +13,19 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.comparison import MODELS, aligned_of
 from rlhf_core.curves import decimals, fixed, is_number, known, metric_names, number, series_of
 from rlhf_core.plots import draw_bars, draw_curve, label
 from rlhf_core.report_style import CSS
 
 Interval = Mapping[str, Any]  # {"value", "low", "high", "n"}
-MODELS = ("base", "sft", "ppo")
-STAGE_TITLES = {"data": "Data", "sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
+STAGE_TITLES = {
+    "data": "Data",
+    "sft": "Supervised fine-tuning",
+    "reward": "Reward model",
+    "ppo": "PPO",
+    "dpo": "Direct preference optimisation",
+}
 # key in evaluation["models"][model] -> heading, unit, scale; in the order of the table
 TABLE = {
     "reward": ("Reward model's score", "normalised", 1),
@@ -41,9 +47,10 @@ HEADLINES = {
     "reward": ("steps", "eval_accuracy", "eval_loss", "tokens_per_second"),
     "evaluate": ("gold_gain", "reward_gain", "win_rate", "kl_sequence"),
     "ppo": ("steps", "score_first", "score_last", "kl_sequence_last", "tokens_per_second"),
+    "dpo": ("steps", "eval_accuracy", "eval_loss", "tokens_per_second"),
 }
-TAX_LIMIT = 10  # perplexity of PPO over SFT
-LENGTH_LIMIT = 1.5  # answer length of PPO over SFT
+TAX_LIMIT = 10  # perplexity of PPO or DPO over SFT
+LENGTH_LIMIT = 1.5  # answer length of PPO or DPO over SFT
 EOS_LIMIT = 0.9  # share of answers that end
 
 
@@ -88,22 +95,29 @@ def write_report(
 
 
 def verdict(evaluation: Mapping[str, Any]) -> tuple[str, str]:
-    """A sentence on PPO against SFT, and its tone: "better", "worse", "even" or "" without a comparison.
+    """A sentence on PPO or DPO against SFT, and its tone: "better", "worse", "even" or "" without a comparison.
 
     It goes by gold if there is one, else by the reward model, and calls a difference only if its interval excludes 0.
     """
     gains, models = evaluation.get("gains", {}), evaluation.get("models", {})
+    aligned = aligned_of(models)
+    if not aligned:
+        return "There is no PPO or DPO model to compare with SFT.", ""
     name = "gold" if gains.get("gold") else "reward"
     gain = gains.get(name)
     if not gain:
-        return "There is no PPO model to compare with SFT.", ""
+        return (
+            f"Nothing here tells whether {label(aligned)}'s answers are better than SFT's: there is neither gold "
+            "(evaluate.gold) nor a reward model.",
+            "",
+        )
     tone = "better" if gain["low"] > 0 else "worse" if gain["high"] < 0 else "even"
     said = {"better": "better than", "worse": "worse than", "even": "not clearly different from"}[tone]
     by = "gold, which no stage has trained on" if name == "gold" else "the reward model (there is no gold to check it)"
-    before, after = (models[m][name]["value"] for m in ("sft", "ppo"))
+    before, after = (models[m][name]["value"] for m in ("sft", aligned))
     places = decimals((before, after))
     text = (
-        f"PPO's answers are {said} SFT's by {by}: {fixed(before, places)} → {fixed(after, places)}, "
+        f"{label(aligned)}'s answers are {said} SFT's by {by}: {fixed(before, places)} → {fixed(after, places)}, "
         f"a gain of {fixed(gain['value'], places, signed=True)} ({_range(gain, places, signed=True)})"
     )
     win = evaluation.get("win_rate", {}).get(name)
@@ -114,7 +128,9 @@ def verdict(evaluation: Mapping[str, Any]) -> tuple[str, str]:
 def warnings(evaluation: Mapping[str, Any]) -> list[str]:
     """What spoils a good score: an exploited reward model, answers that run on or grow, forgetting."""
     gains, models = evaluation.get("gains", {}), evaluation.get("models", {})
-    sft, ppo = models.get("sft", {}), models.get("ppo", {})
+    aligned = aligned_of(models) or "ppo"
+    sft, after, name = models.get("sft", {}), models.get(aligned, {}), label(aligned)
+    restrain = "dpo.beta" if aligned == "dpo" else "ppo.kl_coef"
     found: list[str] = []
     reward, gold = gains.get("reward"), gains.get("gold")
     if reward and gold and reward["low"] > 0 >= gold["low"]:
@@ -122,22 +138,22 @@ def warnings(evaluation: Mapping[str, Any]) -> list[str]:
             "The reward model's score rose and gold did not: the actor exploits the reward model. Raise ppo.kl_coef, "
             "take fewer steps, or train the reward model on more pairs."
         )
-    if not sft or not ppo:
+    if not sft or not after:
         return found
-    if ppo["eos_rate"]["value"] < EOS_LIMIT and ppo["eos_rate"]["value"] < sft["eos_rate"]["value"]:
-        share = number(100 * (1 - ppo["eos_rate"]["value"]), 2)
-        found.append(
-            f"{share} % of PPO's answers run into the length limit. Raise max_response_tokens or the EOS penalty."
-        )
-    growth = ppo["length"]["value"] / max(sft["length"]["value"], 1e-9)
+    if after["eos_rate"]["value"] < EOS_LIMIT and after["eos_rate"]["value"] < sft["eos_rate"]["value"]:
+        share = number(100 * (1 - after["eos_rate"]["value"]), 2)
+        remedy = " or the EOS penalty" if aligned == "ppo" else ""
+        found.append(f"{share} % of {name}'s answers run into the length limit. Raise max_response_tokens{remedy}.")
+    growth = after["length"]["value"] / max(sft["length"]["value"], 1e-9)
     if growth > LENGTH_LIMIT:
-        found.append(f"PPO's answers are {number(growth)} times as long as SFT's: does the reward model prefer length?")
-    if "perplexity" in ppo and "perplexity" in sft:
-        tax = ppo["perplexity"]["value"] / sft["perplexity"]["value"]
+        doubt = "does the reward model prefer length" if aligned == "ppo" else "are the chosen answers the longer ones"
+        found.append(f"{name}'s answers are {number(growth)} times as long as SFT's: {doubt}?")
+    if "perplexity" in after and "perplexity" in sft:
+        tax = after["perplexity"]["value"] / sft["perplexity"]["value"]
         if tax > TAX_LIMIT:
             found.append(
-                f"Held-out SFT answers surprise PPO {number(tax)} times as much as SFT (perplexity): right if they were "
-                "poor examples; forgetting if they were good ones, then raise ppo.kl_coef."
+                f"Held-out SFT answers surprise {name} {number(tax)} times as much as SFT (perplexity): right if they "
+                f"were poor examples; forgetting if they were good ones, then raise {restrain}."
             )
     return found
 
@@ -156,7 +172,8 @@ def _result(plots: Path, evaluation: Mapping[str, Any]) -> str:
 
 def _tiles(evaluation: Mapping[str, Any]) -> str:
     gains, wins = evaluation.get("gains", {}), evaluation.get("win_rate", {})
-    sft, ppo = (evaluation.get("models", {}).get(m, {}) for m in ("sft", "ppo"))
+    models = evaluation.get("models", {})
+    sft, after = models.get("sft", {}), models.get(aligned_of(models), {})
     tiles: list[tuple[str, str, str]] = []
     for name in ("gold", "reward"):
         if gain := gains.get(name):
@@ -165,13 +182,13 @@ def _tiles(evaluation: Mapping[str, Any]) -> str:
             tiles.append((f"{name.capitalize()} gain", shown, _range(gain, places, signed=True)))
         if win := wins.get(name):
             tiles.append((f"Wins by {name}", f"{fixed(100 * win['value'], 1)} %", f"{_range(win, 1, scale=100)} %"))
-    if "kl_sequence" in ppo:
-        tiles.append(("KL to SFT", number(ppo["kl_sequence"]["value"]), "nats per answer"))
+    if "kl_sequence" in after:
+        tiles.append(("KL to SFT", number(after["kl_sequence"]["value"]), "nats per answer"))
     for key, heading, scale, unit in TILES:
-        if key in sft and key in ppo:
-            places = 1 if scale == 100 else decimals((sft[key]["value"], ppo[key]["value"]))
-            before, after = (fixed(scale * m[key]["value"], places) for m in (sft, ppo))
-            tiles.append((heading, f"{after}{unit}", f"SFT {before}{unit}"))
+        if key in sft and key in after:
+            places = 1 if scale == 100 else decimals((sft[key]["value"], after[key]["value"]))
+            old, new = (fixed(scale * m[key]["value"], places) for m in (sft, after))
+            tiles.append((heading, f"{new}{unit}", f"SFT {old}{unit}"))
     cells = (f"<div><dt>{escape(a)}</dt><dd>{escape(b)}<small>{escape(c)}</small></dd></div>" for a, b, c in tiles)
     return f'<dl class="tiles">{"".join(cells)}</dl>'
 
@@ -204,7 +221,8 @@ def _table(evaluation: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]
         for name in names if key == "gold" else ():
             cells = {m: values.get("gold_parts", {}).get(name) for m, values in models.items()}
             rows += _table_row(name, "", cells, gains.get(f"gold_{name}"), 1, "part")
-    heads = "".join(f'<th scope="col">{label(m)}</th>' for m in models) + '<th scope="col">PPO − SFT</th>'
+    heads = "".join(f'<th scope="col">{label(m)}</th>' for m in models)
+    heads += f'<th scope="col">{label(aligned_of(models) or "PPO")} − SFT</th>'
     head = f"<thead><tr><td></td>{heads}</tr></thead>"
     return f'<div class="wide"><table class="numbers">{head}<tbody>{rows}</tbody></table></div>'
 
@@ -324,7 +342,7 @@ def _image(path: Path, alt: str) -> str:
     png = path.read_bytes()
     width = int.from_bytes(png[16:20], "big")
     data = base64.b64encode(png).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}" style="flex:{width} 1 {width // 2}px">'
+    return f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}" style="flex:{width} 1 {width // 3}px">'
 
 
 def _slug(name: str) -> str:

@@ -51,7 +51,8 @@ article{background:var(--card);border:1px solid var(--line);border-radius:8px;ma
 .prompt{padding:10px 14px;color:var(--soft);border-bottom:1px solid var(--line);font-size:14px}
 .answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(250px,1fr));font-size:14px}
 .answers>div{padding:10px 14px;border-top:3px solid var(--base)}
-.answers>.sft{border-top-color:var(--sft)}.answers>.ppo{border-top-color:var(--ppo)}
+.answers>.sft{border-top-color:var(--sft)}
+.answers>.ppo,.answers>.dpo{border-top-color:var(--ppo)}.answers>.ppo_ema{border-top-color:#cc79a7}
 em{color:var(--soft)}
 .curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,345px),1fr));gap:10px}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;overflow:hidden}

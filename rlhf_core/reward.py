@@ -1,95 +1,80 @@
 """Reward model: -log sigmoid(r(chosen) - r(rejected)), scores taken at the last token of each response.
 
-The trunk starts from the SFT model, the head from N(0, 1/sqrt(width+1)). Evaluation reports accuracy on held-out pairs with
-its 95 % Wilson interval. Afterwards mean and deviation of the scores on training pairs are stored in the model's
-configuration; PPO and evaluation use (score - mean) / std, so that a KL coefficient means the same for every reward model.
+The trunk starts from the SFT model, or from another model of any family with a tokenizer of its own; the head from
+N(0, 1/sqrt(width+1)). Evaluation reports accuracy on held-out pairs with its 95 % Wilson interval, over all and by source.
+Afterwards mean and deviation of the scores on training pairs are stored in the model's configuration; PPO and evaluation use
+(score - mean) / std, so that a KL coefficient means the same for every reward model.
 """
 
-import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 
-from rlhf_core.batches import Row, deal, open_rows, right_pad, step_rows, total_steps
+from rlhf_core.batches import Row, longest, right_pad
 from rlhf_core.context import JobContext
-from rlhf_core.distributed import gather, start, sum_over_ranks
-from rlhf_core.engine import check_finite, full_state, grad_norm, set_lr, train_engine
-from rlhf_core.models import ValueModel, base_model, load_causal_lm, load_tokenizer, save_value_model
+from rlhf_core.data.tokenizer import configured, load
+from rlhf_core.distributed import gather, sum_over_ranks
+from rlhf_core.engine import check_finite, grad_norm, set_lr, zero_init
+from rlhf_core.errors import DataError
+from rlhf_core.export import save_value_model
+from rlhf_core.models import ValueModel, base_model, load_causal_lm, positions_of
+from rlhf_core.retokenize import Retokenizer
 from rlhf_core.scoring import end_scores
-from rlhf_core.specs import RewardSpec
-from rlhf_core.stats import wilson_interval
+from rlhf_core.specs import ModelSpec, RewardSpec, TokenizerSpec
+from rlhf_core.trainer import Trainer, accuracy_metrics
 
 MOMENT_PAIRS = 512
+ANSWERS = ("chosen_ids", "rejected_ids")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-class RewardTrainer:
-    """Owns the loop of one reward stage on this rank."""
+class RewardTrainer(Trainer[RewardSpec]):
+    """Owns the loop of one reward stage on this rank.
+
+    Attributes:
+        reads: the tokenizer of the reward model, saved beside it.
+        retokenizer: from the data's tokenizer to it; None where they are the same.
+    """
+
+    shown = ("loss", "accuracy")
 
     def __init__(self, context: JobContext) -> None:
-        self.context = context
-        self.spec = RewardSpec.model_validate(context.job.spec)
-        self.resources = context.job.resources
-        self.ranks = start(context.seed)
-        data = context.input("data")
-        self.tokenizer = load_tokenizer(data / "tokenizer")
-        self.train_rows = open_rows(data / "reward" / "train")
-        self.test_rows = open_rows(data / "reward" / "test")
-        self.steps = total_steps(
-            len(self.train_rows), self.spec.batch_size, self.spec.epochs, self.spec.max_steps, "reward"
-        )
-        share = self.spec.flip_labels or 0.0
+        spec = RewardSpec.model_validate(context.job.spec)
+        super().__init__(context, spec, "reward")
+        share = spec.flip_labels or 0.0
         self.flipped = np.random.default_rng((context.seed, 1)).random(len(self.train_rows)) < share
-        if self.spec.model:
-            language_model = base_model(self.spec.model, self.tokenizer, context.seed, self.spec.dropout)
+        self.reads = reward_tokenizer(spec, self.tokenizer)
+        retokenizer = Retokenizer(self.tokenizer, self.reads) if self.reads is not self.tokenizer else None
+        self.retokenizer = None if retokenizer is None or retokenizer.same else retokenizer
+        parts = zero_init(self.resources, spec.precision)
+        if spec.model:
+            language_model = base_model(
+                spec.model, self.reads, context.seed, spec.dropout, zero_init=parts, quantize=self.quantize
+            )
         else:
-            language_model = load_causal_lm(str(context.input("sft") / "model"), self.spec.dropout)
+            folder = str(context.input("sft") / "model")
+            language_model = load_causal_lm(folder, spec.dropout, zero_init=parts, quantize=self.quantize)
+        self._check_positions(positions_of(language_model.config))
         model = ValueModel.from_causal_lm(language_model, context.seed)
-        if self.spec.train_layers:
-            freeze_below(model, self.spec.train_layers)
-        self.parameters = sum(p.numel() for p in model.parameters())
-        self.engine = train_engine(model, self.spec.optim, self.resources, self.spec.precision)
-        self.tokens = 0.0
-
-    def run(self) -> dict[str, Any]:
-        """Train, evaluate, store the score's moments, save; returns the stage's metrics."""
-        began = time.monotonic()
-        metrics: dict[str, float] = {}
-        for step in range(self.steps):
-            metrics = self.step(step)
-            self.context.log("train", step + 1, metrics)
-            shown = {"loss": metrics["loss"], "accuracy": metrics["accuracy"]}
-            self.context.progress(step + 1, self.steps, "train", shown)
-            if self.spec.eval_every and (step + 1) % self.spec.eval_every == 0 and step + 1 < self.steps:
-                self.evaluate(step + 1)
-        seconds = time.monotonic() - began
-        evaluation = self.evaluate(self.steps)
-        mean, std = self.moments()
-        self.save(mean, std)
-        return {
-            "steps": self.steps,
-            "parameters": self.parameters,
-            "tokens": int(self.tokens),
-            "tokens_per_second": self.tokens / seconds,
-            "loss_last": metrics["loss"],
-            "score_mean": mean,
-            "score_std": std,
-            **{f"eval_{k}": v for k, v in evaluation.items()},
-        }
+        if spec.train_layers:
+            freeze_below(model, spec.train_layers)
+        self.start_engine(model)
 
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step over the global batch of pairs."""
         self.engine.train()
         spec = self.spec
-        indices = step_rows(len(self.train_rows), spec.batch_size, step, self.context.seed)
-        rows: list[Row] = self.train_rows.select(indices).to_list()
+        indices, rows = self.batch(step)
         for row, index in zip(rows, indices, strict=True):
             if self.flipped[index]:
                 row["chosen_ids"], row["rejected_ids"] = row["rejected_ids"], row["chosen_ids"]
         lr = set_lr(self.engine, step, spec.optim, self.steps)
         sums = np.zeros(4)
-        for part in self._deal(rows):
+        for part in self.deal_pairs(rows):
             chosen, rejected = self._scores([rows[i] for i in part])
             loss = pair_loss(chosen, rejected, spec.center_coef).sum()
             check_finite("reward loss", loss)
@@ -111,45 +96,51 @@ class RewardTrainer:
             "tokens": tokens,
         }
 
-    def _deal(self, rows: list[Row]) -> list[list[int]]:
-        lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
-        return deal(lengths, self.ranks.rank, self.ranks.world, self.resources.micro_batch)
-
     def _scores(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
         """Scores of chosen and rejected, `[pairs]` each, in one forward pass."""
-        texts = [r["prompt_ids"] + r["chosen_ids"] for r in rows] + [r["prompt_ids"] + r["rejected_ids"] for r in rows]
-        ids = right_pad(texts, self.tokenizer.pad_token_id, self.ranks.device)
+        texts = [self._text(r, "chosen_ids") for r in rows] + [self._text(r, "rejected_ids") for r in rows]
+        ids = right_pad(texts, self.reads.pad_token_id, self.ranks.device)
         mask = right_pad([[1] * len(t) for t in texts], 0, self.ranks.device)
         chosen, rejected = end_scores(self.engine, ids, mask).chunk(2)
         return chosen, rejected
 
-    @torch.no_grad()
-    def score_pairs(self, rows: list[Row], phase: str) -> np.ndarray:
-        """Scores of all `rows` on every rank, in order: `[pairs, 2]` (chosen, rejected)."""
-        self.engine.eval()
-        padded = rows + rows[: -len(rows) % self.ranks.world]
-        mine: dict[int, tuple[float, float]] = {}
-        parts = self._deal(padded)
-        for done, part in enumerate(parts):
-            chosen, rejected = self._scores([padded[i] for i in part])
-            mine.update(zip(part, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))
-            self.context.progress(done + 1, len(parts), phase, unit="batch")
-        merged = {i: pair for ranks in gather(mine) for i, pair in ranks.items()}
-        return np.array([merged[i] for i in range(len(rows))])
+    def _text(self, row: Row, answer: str) -> list[int]:
+        """Ids of prompt and answer as the reward model reads them."""
+        if self.retokenizer:
+            return self.retokenizer.convert(row["prompt_ids"], row[answer])
+        return row["prompt_ids"] + row[answer]
+
+    def _check_positions(self, limit: int | None) -> None:
+        """DataError if a row is longer, in the reward model's tokens, than its positions."""
+        if limit is None:
+            return
+        most = max(self._longest(rows, answer) for rows in (self.train_rows, self.test_rows) for answer in ANSWERS)
+        if most > limit:
+            raise DataError(
+                f"reward.model: a prompt and its answer have {most} of its tokens, more than its {limit} positions; "
+                "lower data.max_prompt_tokens or data.max_response_tokens, or choose a model with more positions"
+            )
+
+    def _longest(self, rows: Dataset, answer: str) -> int:
+        if self.retokenizer is None:
+            return longest(rows, "prompt_ids", answer)
+        mine = rows.select_columns(["prompt_ids", answer]).select(range(self.ranks.rank, len(rows), self.ranks.world))
+        lengths = []
+        for done, row in enumerate(mine):
+            lengths.append(len(self._text(dict(row), answer)))
+            if done % 1000 == 0:
+                self.context.progress(done, len(mine), "tokenise", unit="row")
+        return max(gather(max(lengths, default=0)))
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Accuracy with interval, loss and margin on the held-out pairs."""
         rows: list[Row] = self.test_rows.to_list()
         if not rows:
             return {}
-        scores = self.score_pairs(rows, "evaluate")
+        scores = self.score_pairs(rows, "evaluate", self._scores)
         margin = scores[:, 0] - scores[:, 1]
-        right = int((margin > 0).sum())
-        low, high = wilson_interval(right, len(rows))
         metrics = {
-            "accuracy": right / len(rows),
-            "accuracy_low": low,
-            "accuracy_high": high,
+            **accuracy_metrics(margin > 0, rows),
             "loss": float(np.logaddexp(0, -margin).mean()),
             "margin": float(margin.mean()),
             "pairs": float(len(rows)),
@@ -160,16 +151,39 @@ class RewardTrainer:
     def moments(self) -> tuple[float, float]:
         """Mean and deviation of the scores of up to 512 training pairs, both answers."""
         count = min(MOMENT_PAIRS, len(self.train_rows))
-        scores = self.score_pairs(self.train_rows.select(range(count)).to_list(), "moments")
+        scores = self.score_pairs(self.train_rows.select(range(count)).to_list(), "moments", self._scores)
         return float(scores.mean()), float(max(scores.std(), 1e-6))
 
-    def save(self, mean: float, std: float) -> None:
+    def save(self) -> dict[str, Any]:
         """Write the model, with the moments in its configuration, to the output folder."""
         model = self.engine.module
+        mean, std = self.moments()
         model.config.score_mean, model.config.score_std = mean, std
-        state = full_state(self.engine)
-        if self.context.is_main:
-            save_value_model(model, state, self.tokenizer, self.context.out / "model")
+        save_value_model(self.engine, self.reads, self.context.out / "model")
+        if self.spec.lora:
+            start = self.spec.model
+            self.save_adapter(self.spec.lora, (start.path or f"new {start.family}") if start else self.sft_model)
+        return {"score_mean": mean, "score_std": std}
+
+
+def reward_tokenizer(spec: RewardSpec, data_tokenizer: Any) -> Any:
+    """The tokenizer of the reward model: the one named, else the one beside `reward.model`, else the data's."""
+    choice = spec.tokenizer or TokenizerSpec()
+    if choice.path:
+        return configured(load(choice.path, None, "reward.tokenizer.path"), choice, "reward.tokenizer")
+    if spec.model and _brings_tokenizer(spec.model):
+        assert spec.model.path
+        found = load(spec.model.path, spec.model.revision, "reward.model.path")
+        return configured(found, choice, "reward.tokenizer")
+    return data_tokenizer
+
+
+def _brings_tokenizer(model: ModelSpec) -> bool:
+    """Whether a tokenizer lies beside the model; what is not a folder on this disk (a hub name, a .gguf file) has one."""
+    if model.path is None:
+        return False
+    folder = Path(model.path).expanduser()
+    return not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def pair_loss(chosen: Tensor, rejected: Tensor, center_coef: float) -> Tensor:
@@ -185,7 +199,8 @@ def freeze_below(model: ValueModel, layers: int) -> None:
     inside = {id(p) for p in blocks.parameters()}
     embeddings = {id(p) for m in model.trunk.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     for parameter in model.parameters():
-        final_norm = id(parameter) not in inside and id(parameter) not in embeddings and parameter.dim() == 1
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 flattens what it divides
+        final_norm = id(parameter) not in inside and id(parameter) not in embeddings and dimensions == 1
         parameter.requires_grad_(id(parameter) in trained or final_norm)
 
 

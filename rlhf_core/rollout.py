@@ -22,12 +22,17 @@ from rlhf_core.models import _accepts
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. `top_k` 0 and `top_p` 1 are off."""
+    """How to sample. `top_k` 0 and `top_p` 1 are off.
+
+    Attributes:
+        vocabulary: number of the tokenizer's tokens; rows of the embedding beyond it are padding and never sampled.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    vocabulary: int | None = None
 
     @property
     def filters(self) -> bool:
@@ -121,7 +126,7 @@ class Sampled:
 
 def sample_token(logits: Tensor, sampling: Sampling, noise: np.ndarray) -> Sampled:
     """Sample by inverting the cumulative distribution at `noise` `[batch]`; `logits` is `[batch, vocabulary]`."""
-    logits = logits.float() / sampling.temperature
+    logits = logits[..., : sampling.vocabulary].float() / sampling.temperature
     keep = keep_tokens(logits, sampling) if sampling.filters else None
     if keep is not None:
         logits = logits.masked_fill(~keep, -torch.inf)

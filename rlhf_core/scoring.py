@@ -37,6 +37,7 @@ def response_scores(
     temperature: float = 1.0,
     support: Tensor | None = None,
     entropy: bool = False,
+    vocabulary: int | None = None,
 ) -> TokenScores:
     """Log-probabilities of the response tokens under a causal language model, as sampled with `temperature`.
 
@@ -47,6 +48,7 @@ def response_scores(
         temperature: divides the logits, as in the rollout.
         support: packed bits of the tokens that top-k/top-p kept in the rollout, `[batch, response, bytes]`.
         entropy: whether to compute entropies (else zeros).
+        vocabulary: number of the tokenizer's tokens, as in `Sampling`; default: all of the model's.
     """
     model = unwrap(engine)
     ids = torch.cat([prompt_ids, response_ids], 1)
@@ -54,7 +56,7 @@ def response_scores(
     width = response_ids.shape[1]
     keep = {"logits_to_keep": width + 1} if _accepts(type(model), "logits_to_keep") else {}
     logits = engine(**forward_inputs(model, ids, mask), **keep, use_cache=False).logits
-    logits = logits[:, -width - 1 : -1].float() / temperature
+    logits = logits[:, -width - 1 : -1, :vocabulary].float() / temperature
     if support is not None:
         # Padding kept no token at all; it keeps every one here, since a row of -inf has NaN gradients.
         kept = unpack_bits(support, logits.shape[-1]) | ~response_mask.bool().unsqueeze(-1)
@@ -77,6 +79,17 @@ def response_values(
     return values[:, -width - 1 : -1]
 
 
+def aligned_values(engine: Any, input_ids: Tensor, mask: Tensor, index: Tensor) -> Tensor:
+    """Values of a critic that reads other tokens than the actor's, `[batch, response]`.
+
+    Args:
+        engine: the critic.
+        input_ids, mask: `[batch, tokens]`, the answers in the critic's tokens, right-padded.
+        index: `[batch, response]`, for each response token of the actor the last critic token before it.
+    """
+    return engine(input_ids, mask).gather(1, index)
+
+
 def end_scores(engine: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
     """Score at the last real token of each row, `[batch]`; `mask` may be padded on both sides."""
     values = engine(input_ids, mask)
@@ -87,4 +100,4 @@ def end_scores(engine: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
 
 def unwrap(engine: Any) -> nn.Module:
     """The model inside a DeepSpeed engine, or the model itself."""
-    return engine.module if hasattr(engine, "module") and hasattr(engine, "backward") else engine
+    return getattr(engine, "module", engine)

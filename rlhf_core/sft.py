@@ -1,88 +1,63 @@
 """Supervised fine-tuning: token-mean cross-entropy on the responses (or on everything).
 
 The loss of an optimizer step is one mean over all its tokens on all ranks. Evaluation is the token mean over the held-out
-rows; perplexity is its exponential.
+rows, over all and by source; perplexity is its exponential. With `resources.pack_tokens` sequences share rows, which changes
+nothing but rounding.
 """
 
 import math
-import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_core.batches import Row, deal, longest, open_rows, right_pad, step_rows, total_steps
+from rlhf_core.batches import Row, deal, deal_packed, longest, right_pad
 from rlhf_core.context import JobContext
-from rlhf_core.distributed import start, sum_over_ranks
-from rlhf_core.engine import check_finite, full_state, grad_norm, set_lr, train_engine
-from rlhf_core.models import base_model, check_positions, forward_inputs, load_tokenizer, save_causal_lm
+from rlhf_core.distributed import gather, sum_over_ranks
+from rlhf_core.engine import check_finite, grad_norm, set_lr, zero_init
+from rlhf_core.export import save_causal_lm
+from rlhf_core.models import base_model, check_positions, forward_inputs
+from rlhf_core.packing import packed_inputs, require_packing
 from rlhf_core.scoring import target_logprobs
 from rlhf_core.specs import SFTSpec
+from rlhf_core.trainer import Trainer, by_source
+
+Packed = list[Row]  # the sequences of one row of a batch: one, or several with packing
 
 
-class SFTTrainer:
+class SFTTrainer(Trainer[SFTSpec]):
     """Owns the loop of one SFT stage on this rank."""
 
-    def __init__(self, context: JobContext) -> None:
-        self.context = context
-        self.spec = SFTSpec.model_validate(context.job.spec)
-        self.resources = context.job.resources
-        self.ranks = start(context.seed)
-        data = context.input("data")
-        self.tokenizer = load_tokenizer(data / "tokenizer")
-        self.train_rows = open_rows(data / "sft" / "train")
-        self.test_rows = open_rows(data / "sft" / "test")
-        self.steps = total_steps(
-            len(self.train_rows), self.spec.batch_size, self.spec.epochs, self.spec.max_steps, "sft"
-        )
-        assert context.job.model is not None
-        model = base_model(context.job.model, self.tokenizer, context.seed, self.spec.dropout)
-        check_positions(model.config, longest(self.train_rows, "input_ids"), 0)
-        self.parameters = sum(p.numel() for p in model.parameters())
-        self.engine = train_engine(model, self.spec.optim, self.resources, self.spec.precision)
-        self.tokens = 0.0
+    evaluate_first = True
 
-    def run(self) -> dict[str, Any]:
-        """Train, evaluate, save; returns the stage's metrics."""
-        began = time.monotonic()
-        self.evaluate(0)
-        metrics: dict[str, float] = {}
-        for step in range(self.steps):
-            metrics = self.step(step)
-            self.context.log("train", step + 1, metrics)
-            self.context.progress(step + 1, self.steps, "train", {"loss": metrics["loss"]})
-            if self.spec.eval_every and (step + 1) % self.spec.eval_every == 0 and step + 1 < self.steps:
-                self.evaluate(step + 1)
-        seconds = time.monotonic() - began
-        evaluation = self.evaluate(self.steps)
-        self.save()
-        return {
-            "steps": self.steps,
-            "parameters": self.parameters,
-            "tokens": int(self.tokens),
-            "tokens_per_second": self.tokens / seconds,
-            "loss_last": metrics["loss"],
-            **{f"eval_{k}": v for k, v in evaluation.items()},
-        }
+    def __init__(self, context: JobContext) -> None:
+        super().__init__(context, SFTSpec.model_validate(context.job.spec), "sft")
+        spec, start = self.spec, context.job.model
+        assert start is not None
+        parts = zero_init(self.resources, spec.precision)
+        model = base_model(start, self.tokenizer, context.seed, spec.dropout, zero_init=parts, quantize=self.quantize)
+        check_positions(model.config, max(longest(r, "input_ids") for r in (self.train_rows, self.test_rows)), 0)
+        if self.resources.pack_tokens:
+            require_packing(model.config, self.resources.pack_tokens)
+        self.start_engine(model)
 
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step over the global batch."""
         self.engine.train()
-        indices = step_rows(len(self.train_rows), self.spec.batch_size, step, self.context.seed)
-        rows: list[Row] = self.train_rows.select(indices).to_list()
+        _, rows = self.batch(step)
         lr = set_lr(self.engine, step, self.spec.optim, self.steps)
-        micro_batches = [[rows[i] for i in part] for part in self._deal(rows)]
-        counted = sum(sum(self._labelled(row)[1:]) for part in micro_batches for row in part)
-        (count,) = sum_over_ranks([float(counted)])
+        micro_batches = [[[rows[i] for i in line] for line in part] for part in self._deal(rows)]
+        mine = [row for part in micro_batches for line in part for row in line]
+        (count,) = sum_over_ranks([float(sum(sum(self._labelled(row)) for row in mine))])
         total = 0.0
         for part in micro_batches:
-            loss = self._loss_sum(part)
+            loss = self._nats(part).sum()
             check_finite("sft loss", loss)
             self.engine.backward(loss * (self.ranks.world / count))
             total += loss.item()
         self.engine.step()
-        seen = sum(len(row["input_ids"]) for part in micro_batches for row in part)
-        loss_sum, tokens = sum_over_ranks([total, float(seen)])
+        loss_sum, tokens = sum_over_ranks([total, float(sum(len(row["input_ids"]) for row in mine))])
         self.tokens += tokens
         return {
             "loss": loss_sum / count,
@@ -91,21 +66,34 @@ class SFTTrainer:
             "tokens": tokens,
         }
 
-    def _deal(self, rows: list[Row]) -> list[list[int]]:
+    def _deal(self, rows: list[Row]) -> list[list[list[int]]]:
+        """This rank's micro-batches of rows of sequences, as indices into `rows`."""
         lengths = [len(row["input_ids"]) for row in rows]
-        return deal(lengths, self.ranks.rank, self.ranks.world, self.resources.micro_batch)
+        place = (self.ranks.rank, self.ranks.world, self.resources.micro_batch)
+        if self.resources.pack_tokens:
+            return deal_packed(lengths, *place, self.resources.pack_tokens)
+        return [[[i] for i in part] for part in deal(lengths, *place)]
 
     def _labelled(self, row: Row) -> list[int]:
-        return row["loss_mask"] if self.spec.loss_on == "response" else [1] * len(row["input_ids"])
+        """Per token, 1 where it is learned; never the first, which nothing foretells."""
+        learned = row["loss_mask"] if self.spec.loss_on == "response" else [1] * len(row["input_ids"])
+        return [0, *learned[1:]]
 
-    def _loss_sum(self, rows: list[Row]) -> Tensor:
-        """Sum of -log p over the labelled tokens of `rows`."""
-        device = self.ranks.device
-        ids = right_pad([r["input_ids"] for r in rows], self.tokenizer.pad_token_id, device)
-        mask = right_pad([[1] * len(r["input_ids"]) for r in rows], 0, device)
-        labelled = right_pad([self._labelled(r) for r in rows], 0, device)[:, 1:].bool()
-        logits = self.engine(**forward_inputs(self.engine.module, ids, mask), use_cache=False).logits
-        return -target_logprobs(logits[:, :-1][labelled], ids[:, 1:][labelled]).sum()
+    def _nats(self, lines: list[Packed]) -> Tensor:
+        """-log p of the labelled tokens, `[labelled]`, row by row; an empty micro-batch runs a row without any."""
+        device, pad = self.ranks.device, self.tokenizer.pad_token_id
+        labels = [[label for row in line for label in self._labelled(row)] for line in lines] or [[0, 0]]
+        lines = lines or [[{"input_ids": [pad, pad]}]]
+        labelled = right_pad(labels, 0, device)[:, 1:].bool()
+        if self.resources.pack_tokens:
+            ids = [[row["input_ids"] for row in line] for line in lines]
+            inputs = packed_inputs(self.engine.module, ids, pad, device)
+        else:
+            ids = right_pad([line[0]["input_ids"] for line in lines], pad, device)
+            mask = right_pad([[1] * len(line[0]["input_ids"]) for line in lines], 0, device)
+            inputs = forward_inputs(self.engine.module, ids, mask)
+        logits = self.engine(**inputs, use_cache=False).logits
+        return -target_logprobs(logits[:, :-1][labelled], inputs["input_ids"][:, 1:][labelled])
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
@@ -114,27 +102,31 @@ class SFTTrainer:
         if not len(self.test_rows):
             return {}
         rows: list[Row] = self.test_rows.to_list()
-        loss, count = 0.0, 0.0
-        # Ranks run the same number of passes; the filler rows at the end are not counted.
-        filler = -len(rows) % self.ranks.world
-        parts = self._deal(rows + rows[:filler])
+        mine: dict[int, float] = {}
+        parts = self._deal(rows)
         for done, part in enumerate(parts):
-            batch = [(rows + rows[:filler])[i] for i in part]
-            real = [r for r, i in zip(batch, part, strict=True) if i < len(rows)]
-            nll = self._loss_sum(real or batch).item()
-            loss += nll if real else 0.0
-            count += sum(sum(self._labelled(r)[1:]) for r in real)
+            nats = self._nats([[rows[i] for i in line] for line in part])
+            inside = [i for line in part for i in line]
+            by_row = nats.split([sum(self._labelled(rows[i])) for i in inside])
+            mine.update((i, own.double().sum().item()) for i, own in zip(inside, by_row, strict=True))
             self.context.progress(done + 1, len(parts), "evaluate", unit="batch")
-        loss, count = sum_over_ranks([loss, count])
-        metrics = {"loss": loss / count, "perplexity": math.exp(min(loss / count, 50.0))}
+        merged = {i: value for ranks in gather(mine) for i, value in ranks.items()}
+        sums = np.array([merged[i] for i in range(len(rows))])
+        counts = np.array([sum(self._labelled(row)) for row in rows])
+        loss = float(sums.sum() / counts.sum())
+        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+        metrics |= by_source("loss", sums / np.maximum(counts, 1), counts, rows)
         self.context.log("eval", step, metrics)
         return metrics
 
-    def save(self) -> None:
+    def save(self) -> dict[str, Any]:
         """Write the model and the tokenizer to the output folder."""
-        state = full_state(self.engine)
-        if self.context.is_main:
-            save_causal_lm(self.engine.module, state, self.tokenizer, self.context.out / "model")
+        save_causal_lm(self.engine, self.tokenizer, self.context.out / "model")
+        if self.spec.lora:
+            start = self.context.job.model
+            assert start is not None
+            self.save_adapter(self.spec.lora, start.path or f"new {start.family}")
+        return {}
 
 
 def run(context: JobContext) -> dict[str, Any]:

@@ -16,7 +16,17 @@ from typing import Any
 from rlhf_core import quickstart
 from rlhf_core.artifacts import sha256_file
 from rlhf_core.errors import ConfigError, StoreError
-from rlhf_core.specs import DataSpec, FileSource, FunctionReward, HTTPReward, ModelSpec, QuickstartSource, RewardSource
+from rlhf_core.specs import (
+    DataSpec,
+    FileSource,
+    FunctionReward,
+    HTTPReward,
+    HubSource,
+    ModelSpec,
+    QuickstartSource,
+    RewardSource,
+    Source,
+)
 
 # What defines a model or tokenizer folder; other files (README, optimizer states) do not.
 MODEL_FILES = ("*.json", "*.safetensors", "*.gguf", "*.model", "*.txt", "*.jinja")
@@ -128,16 +138,38 @@ def model_identity(model: ModelSpec, of: Digest = content_id, field: str = "mode
 
 
 def data_identity(spec: DataSpec, of: Digest = content_id) -> dict[str, Any]:
-    """Identity of a data spec: paths replaced by digests."""
+    """Identity of a data spec: paths replaced by digests, and nothing of how rows are fetched."""
     dumped = spec.model_dump(mode="json")
-    for i, source in enumerate(spec.sources):
-        if isinstance(source, QuickstartSource):
-            dumped["sources"][i]["version"] = quickstart.VERSION
-        if isinstance(source, FileSource):
-            dumped["sources"][i]["paths"] = [of(p, f"data.sources[{i}].paths") for p in source.paths]
+    dumped["sources"] = [_source_identity(s, of, f"data.sources[{i}]") for i, s in enumerate(spec.sources)]
+    if spec.pretrain is not None:
+        dumped["pretrain"] = [_source_identity(s, of, f"data.pretrain[{i}]") for i, s in enumerate(spec.pretrain)]
     if spec.tokenizer.path:
         dumped["tokenizer"]["path"] = of(spec.tokenizer.path, "data.tokenizer.path")
     return dumped
+
+
+def _source_identity(source: Source, of: Digest, field: str) -> dict[str, Any]:
+    identity = source.model_dump(mode="json")
+    if isinstance(source, QuickstartSource):
+        identity["version"] = quickstart.VERSION
+    if isinstance(source, FileSource):
+        for name in ("paths", "test_paths"):
+            if identity[name] is not None:
+                identity[name] = [of(path, f"{field}.{name}") for path in identity[name]]
+    if isinstance(source, HubSource):
+        identity["streaming"] = None
+        # `datasets` prefers a folder of that name in the working directory; then its content counts, not its name.
+        if Path(source.name).is_dir():
+            identity["name"] = f"sha256:{_folder_digest(Path(source.name))}"
+            identity["known_as"] = "/".join(Path(source.name).absolute().parts[-2:])
+    return identity
+
+
+def _folder_digest(folder: Path) -> str:
+    """sha256 over the names and contents of all files below a folder."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    text = "".join(f"{f.relative_to(folder).as_posix()}\0{_file_digest(f)}\n" for f in files)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def rewards_identity(rewards: Sequence[RewardSource], of: Digest = content_id) -> list[dict[str, Any]]:

@@ -2,9 +2,9 @@
 
 All are closed forms, so the same data give the same interval on any machine; nothing is resampled. Means and paired
 differences use Student's t, proportions Wilson's score interval (Wilson 1927), ratios of sums (a token mean over
-sequences of different lengths) the delta method over sequences, since tokens of one answer are not independent. The
-unit of observation is always the prompt. Left out: corrections for looking at many metrics at once; read a single gain
-near 0 with that in mind.
+sequences of different lengths) the delta method over sequences, since tokens of one answer are not independent,
+correlations Fisher's z. The unit of observation is always the prompt. Left out: corrections for looking at many metrics
+at once; read a single gain near 0 with that in mind.
 """
 
 import math
@@ -123,6 +123,26 @@ def ratio(numerators: Numbers, denominators: Numbers) -> Interval:
     spread = float((top - value * bottom).std(ddof=1))
     half = t95(top.size - 1) * spread / math.sqrt(top.size) / float(bottom.mean())
     return Interval(value, value - half, value + half, top.size)
+
+
+def correlation(x: Numbers, y: Numbers, independent: int | None = None) -> Interval:
+    """Pearson's correlation of x and y, both `[n]`, with the interval of Fisher's z (Fisher 1915).
+
+    Args:
+        x, y: the values; where one of them is constant the correlation is 0 and the interval [-1, 1].
+        independent: how many of the n are independent of each other; default all.
+    """
+    a, b = _checked(x), _checked(y)
+    if a.size != b.size:
+        raise ValueError(f"a correlation needs as many x as y, not {a.size} and {b.size}")
+    count = independent or a.size
+    if a.size < 2 or a.std() == 0 or b.std() == 0:
+        return Interval(0.0, -1.0, 1.0, count)
+    r = float(np.clip(np.corrcoef(a, b)[0, 1], -1, 1))
+    if count <= 3 or abs(r) == 1:
+        return Interval(r, -1.0 if count <= 3 else r, 1.0 if count <= 3 else r, count)
+    z, half = math.atanh(r), Z95 / math.sqrt(count - 3)
+    return Interval(r, math.tanh(z - half), math.tanh(z + half), count)
 
 
 def exp(interval: Interval) -> Interval:

@@ -24,6 +24,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlhf_core.artifacts import describe
+from rlhf_core.card import write_cards
 from rlhf_core.context import JobContext
 from rlhf_core.errors import ExitCode, RlhfError
 from rlhf_core.job import JobResult, JobSpec, read_job
@@ -42,6 +43,8 @@ def stage_runner(stage: str) -> Callable[[JobContext], dict[str, Any]]:
         from rlhf_core.reward import run
     elif stage == "ppo":
         from rlhf_core.ppo import run
+    elif stage == "dpo":
+        from rlhf_core.dpo import run
     elif stage == "evaluate":
         from rlhf_core.evaluate import run
     else:
@@ -96,6 +99,7 @@ def run_rank(store: Store, job: JobSpec) -> None:
 def upload_result(context: JobContext, metrics: dict[str, Any]) -> None:
     """Upload what the stage left in its output folder, then result.json, which lists it."""
     job, store = context.job, context.store
+    add_cards(context, metrics)
     files = describe(context.out)
     for entry in files:
         store.upload(context.out / entry.path, f"{job.output.id}/{entry.path}")
@@ -112,6 +116,14 @@ def upload_result(context: JobContext, metrics: dict[str, Any]) -> None:
         },
     )
     store.write(f"{job.folder}/result.json", result.model_dump_json(indent=1).encode())
+
+
+def add_cards(context: JobContext, metrics: dict[str, Any]) -> None:
+    """A model card beside every model; whatever goes wrong is a line in the log and costs no trained model."""
+    try:
+        write_cards(context.out, context.store, context.job, metrics)
+    except Exception as error:
+        context.say(f"the model cards could not be written: {type(error).__name__}: {error}")
 
 
 def end_with_guard() -> None:

@@ -14,13 +14,16 @@ HEADLINES: dict[StageName, tuple[tuple[str, str], ...]] = {
     "sft": (("eval_loss", "eval loss"), ("eval_perplexity", "perplexity")),
     "reward": (("eval_accuracy", "accuracy"),),
     "ppo": (("score_last", "score"), ("kl_sequence_last", "KL")),
+    "dpo": (("eval_accuracy", "accuracy"), ("eval_loss", "eval loss")),
     "evaluate": (
         ("gold_sft", "gold sft"),
         ("gold_ppo", "gold ppo"),
+        ("gold_dpo", "gold dpo"),
         ("gold_gain", "gain"),
         ("reward_sft", "reward sft"),
         ("reward_ppo", "reward ppo"),
         ("win_rate", "win rate"),
+        ("kl_sequence", "KL"),
     ),
 }
 

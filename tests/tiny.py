@@ -68,13 +68,14 @@ def make_data(store: Store, work: Path, rows: int = 96) -> ArtifactRef:
 
 def make_models(store: Store, work: Path, data: ArtifactRef) -> tuple[ArtifactRef, ArtifactRef]:
     """An untrained SFT model and reward model."""
-    from rlhf_core.models import ValueModel, new_causal_lm, save_causal_lm, save_value_model
+    from rlhf_core.export import save_causal_lm, save_value_model
+    from rlhf_core.models import ValueModel, new_causal_lm
 
     tok = tokenizer()
     model = new_causal_lm(MODEL, tok, seed=0)
-    save_causal_lm(model, model.state_dict(), tok, work / "sft" / "model")
+    save_causal_lm(model, tok, work / "sft" / "model")
     value = ValueModel.from_causal_lm(model, seed=0)
-    save_value_model(value, value.state_dict(), tok, work / "reward" / "model")
+    save_value_model(value, tok, work / "reward" / "model")
     sft = put(store, "sft", work / "sft", {"data": data})
     return sft, put(store, "reward", work / "reward", {"data": data, "sft": sft})
 

@@ -1,7 +1,9 @@
 """The data stage: sources of any shape -> rows of prompt, answer and pair -> shares by prompt -> token ids on disk.
 
-`readers` opens files and data sets, `formats` makes an `Example` of a row, `template` turns messages into text,
-`split` decides which stage a prompt belongs to, `tokenizer` settles pad, EOS and vocabulary, `encode` makes token
-ids, `sample` draws preference pairs from a model, `tables` writes Arrow, and `build` is the stage itself: read it
-first. Nothing here imports torch, except `sample` when pairs are sampled.
+`files` and `readers` open files and data sets, `known` knows the columns of public sets by their names, `formats` makes
+an `Example` of a row, `examples` joins the three. `template` turns messages into text, `chat_format` writes that down
+for whoever talks to the model, `split` decides which stage a prompt belongs to (`digests` remembers it), `tokenizer`
+settles pad, EOS and vocabulary, `encode` makes token ids, `sample` draws preference pairs from a model, `pretrain` cuts
+text to blocks, `tables` writes Arrow, and `build` is the stage itself: read it first. Nothing here imports torch, except
+`sample` when pairs are sampled.
 """

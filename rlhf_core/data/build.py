@@ -1,9 +1,10 @@
 """The data stage: sources -> examples -> shares by prompt -> token ids on disk. One process, no torch.
 
-Three passes. Read: every row becomes an example or a counted drop, and goes as text to the file of its share and
-split. Tokenise: batch by batch to rows of ids. Sample: pairs for the reward share where the data has none. Leaves
-`tokenizer/`, `{sft,reward,ppo}/{train,test}/` (no folder for a share of weight 0) and `report.json`. Rows keep the
-order in which they were read; trainers shuffle.
+Read: every row becomes an example or a counted drop, and goes as text to the file of its share and split. Tokenise:
+batch by batch to rows of ids. Sample: pairs for the reward share where the data has none. Leaves `tokenizer/`,
+`{sft,reward,ppo}/{train,test}/` (no folder for a share of weight 0), `ptx/train/` where there is pretraining text, and
+`report.json`. Rows keep the order in which they were read; trainers shuffle. All that grows with the rows in memory
+is a digest of each row and each prompt (up to 21 bytes); texts and ids are in files.
 """
 
 import hashlib
@@ -11,27 +12,29 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rlhf_core.context import JobContext
 from rlhf_core.data import tokenizer as tokenizers
+from rlhf_core.data.chat_format import ChatFormat, write_chat_template
+from rlhf_core.data.digests import DigestTable
 from rlhf_core.data.encode import Encoder
-from rlhf_core.data.formats import Example, RowFormat, detect, parse
-from rlhf_core.data.readers import Read, check_places, read_source
-from rlhf_core.data.rows import RowMaker, Tally
+from rlhf_core.data.examples import SourceReader
+from rlhf_core.data.formats import Example
+from rlhf_core.data.pretrain import PretrainText
+from rlhf_core.data.readers import AnySource, Read, check_places
+from rlhf_core.data.rows import REPEATED, RowMaker, Tally
 from rlhf_core.data.sample import check_sampling, sample_pairs
-from rlhf_core.data.split import SHARES, SPLITS, Share, Split, Splitter
+from rlhf_core.data.split import PLACES, SHARES, Share, Split, Splitter, copies
 from rlhf_core.data.tables import Draft, DraftFile, RowFile
 from rlhf_core.data.template import Dropped, Reason, Template
 from rlhf_core.errors import DataError
-from rlhf_core.specs import DataSpec, FileSource, HubSource, QuickstartSource
+from rlhf_core.specs import DataSpec
 
-PEEK = 20  # rows that decide the format of a source
 REPORT_ROWS = 10_000  # rows between two reports of progress while reading
 Place = tuple[Share, Split]
-PLACES: tuple[Place, ...] = tuple((share, split) for share in SHARES for split in SPLITS)
 
 
 def run(context: JobContext) -> dict[str, Any]:
@@ -55,7 +58,9 @@ class DataStage:
         self.spec = DataSpec.model_validate(context.job.spec)
         self.tally = Tally()
         self.splitter = Splitter(context.seed, self.spec.shares)
-        self.seen: set[bytes] = set()
+        self.seen = DigestTable()
+        self.style = ChatFormat()
+        self.pretrain: PretrainText | None = None
         self.unpaired = 0
         self.sampled: dict[str, float] = {}
         _use_threads(context.job.resources.data_workers)
@@ -72,10 +77,14 @@ class DataStage:
             if self.spec.tokenizer.train_vocab_size is not None:
                 self.context.progress(0, 1, "train tokenizer")
                 tokenizer = tokenizers.train(_training_texts(drafts), self.spec.tokenizer)
+            encoder = Encoder(tokenizer, chat=self.spec.template == "chat")
+            write_chat_template(tokenizer, self.spec, self.style, encoder)
             tokenizer.save_pretrained(self.context.out / "tokenizer")
             files = {place: RowFile(Path(folder, "-".join((*place, "rows"))), place[0]) for place in PLACES}
-            self.encode(tokenizer, drafts, files)
+            self.encode(tokenizer, encoder, drafts, files)
             splits = {"/".join(p): file.save(self.context.out.joinpath(*p)) for p, file in files.items()}
+            if self.spec.pretrain is not None:
+                splits["ptx/train"] = self.write_pretrain(template, encoder, Path(folder, "ptx"))
         self.check_filled(splits)
         return self.report(tokenizer, splits)
 
@@ -85,16 +94,13 @@ class DataStage:
         """Every row of every source to a draft in its place, or to a counted drop."""
         for i, source in enumerate(self.spec.sources):
             field = f"data.sources[{i}]"
-            rows = read_source(source, field, self.context.seed)
-            first = list(islice(rows, PEEK))
-            if not first:
-                raise DataError(f"{field}: has no rows ({_described(source)}); remove it or give it data")
-            row_format = _format(source, first, field)
-            for row in chain(first, rows):
+            reader = SourceReader(source, field, self.context.seed, template)
+            for row in reader.rows:
                 self.tally.read[row.source] += 1
                 try:
-                    place, draft = self.place(row, parse(row.values, row_format, template, row.where))
-                    drafts[place].add_draft(draft)
+                    place, draft, times = self.place(row, reader.example(row), source)
+                    for _ in range(times):
+                        drafts[place].add_draft(draft)
                 except Dropped as drop:
                     self.tally.drop(row.source, drop.reason)
                 count = self.tally.read.total()
@@ -103,26 +109,33 @@ class DataStage:
         for file in drafts.values():
             file.close()
 
-    def place(self, row: Read, example: Example) -> tuple[Place, Draft]:
-        """Where an example goes; Dropped if it goes nowhere or has been there."""
-        feeds = feedable(example, sampled=self.spec.sampled_pairs is not None)
-        place = self.splitter.assign(example.prompt_text, feeds)
+    def place(self, row: Read, example: Example, source: AnySource) -> tuple[Place, Draft, int]:
+        """Where an example goes and how often; Dropped if it goes nowhere or has been there."""
+        feeds = set(feedable(example, sampled=self.spec.sampled_pairs is not None)) & set(source.feeds or SHARES)
+        place = self.splitter.assign(example.prompt_text, feeds, row.side)
         key = _identity(place[0], example)
-        if key in self.seen:
+        if self.seen.get(key):
             raise Dropped(Reason.DUPLICATE)
-        self.seen.add(key)
+        times = copies(self.context.seed, example.prompt_text, source.weight) if place[1] == "train" else 1
+        if not times:
+            raise Dropped(Reason.WEIGHT)
+        self.seen.put(key, 1)
         if place[0] == "reward" and example.chosen is None:
             assert self.spec.sampled_pairs is not None
             if self.unpaired == self.spec.sampled_pairs.max_prompts:
                 raise Dropped(Reason.UNSAMPLED)
             self.unpaired += 1
-        return place, Draft(row.source, example)
+        if times > 1:
+            self.tally.notes[row.source, REPEATED] += times - 1
+        self.style.observe(example)
+        return place, Draft(row.source, example), times
 
     # Passes 2 and 3: token ids.
 
-    def encode(self, tokenizer: Any, drafts: dict[Place, DraftFile], files: dict[Place, RowFile]) -> None:
+    def encode(
+        self, tokenizer: Any, encoder: Encoder, drafts: dict[Place, DraftFile], files: dict[Place, RowFile]
+    ) -> None:
         """Every draft to a row of ids, or to a counted drop; then pairs for prompts that have none."""
-        encoder = Encoder(tokenizer, chat=self.spec.template == "chat")
         maker = RowMaker(encoder, self.spec, self.tally)
         done, total = 0, sum(file.rows for file in drafts.values())
         unpaired: list[tuple[Place, dict[str, Any]]] = []
@@ -142,6 +155,13 @@ class DataStage:
                     self.tally.drop(row["source"], Reason.TIE)
                 else:
                     files[place].add_rows([pair])
+
+    def write_pretrain(self, template: Template, encoder: Encoder, path: Path) -> dict[str, Any]:
+        """The blocks of pretraining text; rows and tokens."""
+        self.pretrain = PretrainText(self.spec, self.context.seed, template, encoder, self.splitter)
+        file = RowFile(path, "ptx")
+        self.pretrain.write(file, lambda rows: self.context.progress(rows, rows, "pretraining text", unit="rows"))
+        return file.save(self.context.out / "ptx" / "train")
 
     # What it came to.
 
@@ -180,18 +200,22 @@ class DataStage:
         }
         if self.sampled:
             content["sampled_pairs"] = self.sampled
+        if self.pretrain is not None:
+            content["pretrain"] = self.pretrain.report()
         (self.context.out / "report.json").write_text(json.dumps(content, indent=1) + "\n")
         dropped = self.tally.reasons()
+        repeated = sum(count for (_, note), count in self.tally.notes.items() if note == REPEATED)
         for name, data in splits.items():
             self.context.say(f"{name}: {data['rows']} rows, {data['tokens']} tokens")
         if dropped:
             self.context.say("dropped: " + ", ".join(f"{reason} {count}" for reason, count in dropped.items()))
         return {
             "rows_read": self.tally.read.total(),
-            "rows_kept": sum(data["rows"] for data in splits.values()),
+            "rows_kept": sum(splits["/".join(place)]["rows"] for place in PLACES),
             "dropped": dropped,
             "splits": {name: {"rows": data["rows"], "tokens": data["tokens"]} for name, data in splits.items()},
             "vocabulary": len(tokenizer),
+            **({"rows_repeated": repeated} if repeated else {}),
             **self.sampled,
         }
 
@@ -219,18 +243,6 @@ def _identity(share: Share, example: Example) -> bytes:
 def _lacks_pair(row: dict[str, Any]) -> bool:
     """Whether a row of the reward share is only a prompt; rows of other shares have no such column."""
     return row.get("chosen_ids") == []
-
-
-def _format(source: QuickstartSource | FileSource | HubSource, first: list[Read], field: str) -> RowFormat:
-    if isinstance(source, QuickstartSource) or source.format == "stories":
-        return "pairs"
-    return detect([row.values for row in first], field) if source.format == "auto" else source.format
-
-
-def _described(source: QuickstartSource | FileSource | HubSource) -> str:
-    if isinstance(source, FileSource):
-        return ", ".join(source.paths)
-    return f"{source.name} {source.split}" if isinstance(source, HubSource) else source.kind
 
 
 def _training_texts(drafts: dict[Place, DraftFile]) -> Iterator[str]:

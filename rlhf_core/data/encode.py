@@ -8,13 +8,29 @@ again, so that prompt and response together decode to what they were. The tokeni
 cores by threads, which, unlike processes, start in no time and report progress.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf_core.data.template import Turn
 
 ANCHOR = "\n"
+CHARACTERS = 1 << 20  # encoded at once: the library takes more than a hundred bytes for each token of a batch
+T = TypeVar("T")
+
+
+def limited(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """The items in lists of at least one and, if more, of at most `CHARACTERS` characters together."""
+    some: list[T] = []
+    total = 0
+    for item in items:
+        if some and total + size(item) > CHARACTERS:
+            yield some
+            some, total = [], 0
+        some.append(item)
+        total += size(item)
+    if some:
+        yield some
 
 
 class Encoder:
@@ -42,8 +58,11 @@ class Encoder:
     def _plain(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """Ids of each text by itself; with `special`, special tokens written out in it count as such."""
         self._backend.encode_special_tokens = not special
+        ids: list[list[int]] = []
         try:
-            return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            for some in limited(texts, len):
+                ids += [e.ids for e in self._backend.encode_batch_fast(some, add_special_tokens=False)]
+            return ids
         finally:
             self._backend.encode_special_tokens = False
 
@@ -77,6 +96,12 @@ class Encoder:
     def responses(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each response, EOS at the end."""
         return [[*ids, self.eos] for ids in self._continued(texts)]
+
+    def texts(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        """Ids of plain texts without BOS and EOS; each comes with whether it continues the text before it."""
+        begun = iter(self._plain([text for text, continues in texts if not continues]))
+        continued = iter(self._continued([text for text, continues in texts if continues]))
+        return [next(continued) if continues else next(begun) for _, continues in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response without EOS and pad, with the space it may begin with."""

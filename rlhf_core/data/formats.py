@@ -2,9 +2,9 @@
 
 Three formats of rows: `pairs` (prompt, chosen, rejected, answer or response; each a text or a list of messages),
 `messages` (whole dialogues, the last answer is what SFT learns) and `dialogue` (hh-rlhf: two whole dialogues as text
-that differ in the last answer). `detect` tells them apart by the columns of the first rows. A row that cannot be used
-raises `Dropped`, which the caller counts; a column that is not there is a `DataError`. Left out: token lengths
-(`encode`).
+that differ in the last answer; or, as rm-static, their common beginning as `prompt` and what follows it). `detect` tells
+them apart by the columns of the first rows. A row that cannot be used raises `Dropped`, which the caller counts; a
+column that is not there is a `DataError`. Left out: token lengths (`encode`), rows of text without prompts (`pretrain`).
 """
 
 import re
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from rlhf_core.data.template import ASSISTANT, HUMAN, Dropped, Message, Reason, Template, Turn, parse_messages
 from rlhf_core.errors import DataError
 
-COLUMNS = ("prompt", "chosen", "rejected", "answer", "response", "messages")
+COLUMNS = ("prompt", "chosen", "rejected", "answer", "response", "messages", "text")
 SURROGATE = re.compile("[\ud800-\udfff]")
 Row = Mapping[str, Any]
 RowFormat = Literal["pairs", "messages", "dialogue"]
@@ -68,9 +68,9 @@ def detect(rows: Sequence[Row], field: str) -> RowFormat:
 def parse(row: Row, row_format: RowFormat, template: Template, where: str) -> Example:
     """The example of a row. Dropped: the row is of no use. DataError: a column is missing; `where` names the row."""
     if row_format == "dialogue":
-        example = _dialogue(_need(row, "chosen", where), _need(row, "rejected", where), template)
+        example = _dialogue(row, template, where)
     elif row_format == "messages":
-        prompt, answer = _whole(parse_messages(_need(row, "messages", where)), template)
+        prompt, answer = _whole(parse_messages(need(row, "messages", where)), template)
         example = Example(prompt, answer=answer)
     else:
         example = _pair(row, template, where)
@@ -83,7 +83,7 @@ def _checked(example: Example) -> Example:
         raise Dropped(Reason.EMPTY_PROMPT)
     if not all(text.strip() for text in replies):
         raise Dropped(Reason.EMPTY_REPLY)
-    if not all(_is_unicode(text) for text in (example.prompt_text, *replies)):
+    if not all(is_unicode(text) for text in (example.prompt_text, *replies)):
         raise Dropped(Reason.NOT_TEXT)
     if example.chosen is not None and example.chosen == example.rejected:
         raise Dropped(Reason.SAME)
@@ -92,19 +92,23 @@ def _checked(example: Example) -> Example:
     return replace(example, rejected=None) if example.chosen is None else example
 
 
-def _dialogue(chosen: Any, rejected: Any, template: Template) -> Example:
-    (prompt, better), (other, worse) = _last_answer(chosen), _last_answer(rejected)
-    if prompt != other:
-        raise Dropped(Reason.DIVERGE)
+def _dialogue(row: Row, template: Template, where: str) -> Example:
+    chosen, rejected = _text(need(row, "chosen", where)), _text(need(row, "rejected", where))
+    if row.get("prompt") is not None and not chosen.lstrip().startswith(HUMAN.strip()):
+        prompt, better, worse = _text(row["prompt"]), chosen, rejected
+    else:
+        (prompt, better), (other, worse) = _last_answer(chosen), _last_answer(rejected)
+        if prompt != other:
+            raise Dropped(Reason.DIVERGE)
     if template.name != "chat":
         return Example((Turn(prompt),), chosen=better, rejected=worse)
     turns = template.prompt(_dialogue_messages(prompt))
     return Example(turns, chosen=template.reply(better), rejected=template.reply(worse))
 
 
-def _last_answer(dialogue: Any) -> tuple[str, str]:
+def _last_answer(dialogue: str) -> tuple[str, str]:
     """The dialogue up to and including the last 'Assistant:', and what follows."""
-    before, mark, answer = _text(dialogue).rpartition(ASSISTANT)
+    before, mark, answer = dialogue.rpartition(ASSISTANT)
     if not mark or HUMAN in answer:
         raise Dropped(Reason.HUMAN_LAST)
     return before + mark, answer
@@ -133,7 +137,7 @@ def _pair(row: Row, template: Template, where: str) -> Example:
     texts = {key: _text(value) for key, value in replies.items() if key not in dialogues}
     if whole:
         return _implicit_prompt(whole, len(replies), template)
-    prompt = _need(row, "prompt", where)
+    prompt = need(row, "prompt", where)
     if isinstance(prompt, str) and not dialogues:
         return Example((Turn(prompt),), **texts)
     messages = [Message("user", prompt)] if isinstance(prompt, str) else parse_messages(prompt)
@@ -163,7 +167,8 @@ def _whole(messages: list[Message], template: Template) -> tuple[tuple[Turn, ...
     return template.prompt(messages[:-1]), template.reply(messages[-1].content)
 
 
-def _need(row: Row, column: str, where: str) -> Any:
+def need(row: Row, column: str, where: str) -> Any:
+    """The value of a column; DataError if there is no such column."""
     if column not in row:
         raise DataError(
             f"{where}: no column {column!r}; there are {_listed(row)}. Map its name with `columns` of the source, "
@@ -178,7 +183,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """False for half a surrogate pair, which JSON allows and no tokenizer or Arrow file takes."""
     return text.isascii() or not SURROGATE.search(text)
 

@@ -19,6 +19,7 @@ from rlhf_core.specs import DataSpec
 
 TRUNCATED = "responses truncated"
 NO_REFERENCE = "references over max_response_tokens"
+REPEATED = "repeated by weight"
 Row = dict[str, Any]
 
 
@@ -57,7 +58,7 @@ class Tally:
         for source, read in self.read.items():
             dropped = {reason: count for (name, reason), count in sorted(self.dropped.items()) if name == source}
             notes = {note: count for (name, note), count in sorted(self.notes.items()) if name == source}
-            kept = read - sum(dropped.values())
+            kept = read + notes.get(REPEATED, 0) - sum(dropped.values())
             report[source] = {"read": read, "kept": kept, "dropped": dropped} | ({"notes": notes} if notes else {})
         return report
 
@@ -94,6 +95,7 @@ class RowMaker:
                 "loss_mask": prompt.mask + [1] * len(response),
                 "prompt": prompt.example.prompt_text,
                 "response": text,
+                "source": prompt.source,
             }
 
     def _reward(self, prompts: Sequence[Prompt]) -> Iterator[Row]:
@@ -127,6 +129,7 @@ class RowMaker:
                 "prompt": prompt.example.prompt_text,
                 "response_ids": response or [],
                 "response": text if response else "",
+                "source": prompt.source,
             }
 
     def _limited(self, source: str, ids: list[int]) -> list[int] | None:

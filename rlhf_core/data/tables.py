@@ -1,15 +1,15 @@
 """Tables: Arrow files of the data stage. Drafts (text, temporary) while reading, rows (token ids) for the trainers.
 
-Both are written batch by batch and read memory-mapped, so memory does not grow with the data. Rows are stored as
-`datasets.Dataset.save_to_disk` writes them, with a fingerprint made of the content: the same input gives the same
-bytes.
+Both are written batch by batch; drafts are read so too, rows memory-mapped, so memory does not grow with the data. Rows
+are stored as `datasets.Dataset.save_to_disk` writes them, with a fingerprint made of the content: the same input gives
+the same bytes.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import pyarrow as pa
@@ -23,19 +23,23 @@ from rlhf_core.data.template import Turn
 
 BATCH = 1000
 
+Table = Literal[Share, "ptx"]
 _TEXT, _IDS = Value("string"), List(Value("int32"))
-FEATURES: dict[Share, Features] = {
-    "sft": Features({"input_ids": _IDS, "loss_mask": List(Value("int8")), "prompt": _TEXT, "response": _TEXT}),
+_LEARNED = {"input_ids": _IDS, "loss_mask": List(Value("int8"))}
+FEATURES: dict[Table, Features] = {
+    "sft": Features(_LEARNED | {"prompt": _TEXT, "response": _TEXT, "source": _TEXT}),
     "reward": Features(
         {"prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS}
         | {"prompt": _TEXT, "chosen": _TEXT, "rejected": _TEXT, "source": _TEXT}
     ),
-    "ppo": Features({"prompt_ids": _IDS, "prompt": _TEXT, "response_ids": _IDS, "response": _TEXT}),
+    "ppo": Features({"prompt_ids": _IDS, "prompt": _TEXT, "response_ids": _IDS, "response": _TEXT, "source": _TEXT}),
+    "ptx": Features(_LEARNED),
 }
-ID_COLUMNS: dict[Share, tuple[str, ...]] = {
+ID_COLUMNS: dict[Table, tuple[str, ...]] = {
     "sft": ("input_ids",),
     "reward": ("prompt_ids", "chosen_ids", "rejected_ids"),
     "ppo": ("prompt_ids", "response_ids"),
+    "ptx": ("input_ids",),
 }
 _DRAFT = pa.schema(
     {
@@ -107,7 +111,8 @@ class DraftFile(ArrowFile):
 
     def batches(self) -> Iterator[list[Draft]]:
         """All drafts, a batch at a time."""
-        with pa.memory_map(str(self.path)) as file, pa.ipc.open_stream(file) as reader:
+        # Read, not mapped: each draft is needed once, and mapped pages would count as memory of the process.
+        with pa.OSFile(str(self.path)) as file, pa.ipc.open_stream(file) as reader:
             for batch in reader:
                 yield [_draft(row) for row in batch.to_pylist()]
 
@@ -118,13 +123,13 @@ def _draft(row: dict[str, Any]) -> Draft:
 
 
 class RowFile(ArrowFile):
-    """The finished rows of one share and split, with their token counts."""
+    """The finished rows of one share (or `ptx`) and split, with their token counts."""
 
-    def __init__(self, path: Path, share: Share) -> None:
-        super().__init__(path, FEATURES[share].arrow_schema)
-        self._share: Share = share
-        self._tokens = dict.fromkeys(ID_COLUMNS[share], 0)
-        self._longest = dict.fromkeys(ID_COLUMNS[share], 0)
+    def __init__(self, path: Path, table: Table) -> None:
+        super().__init__(path, FEATURES[table].arrow_schema)
+        self._table: Table = table
+        self._tokens = dict.fromkeys(ID_COLUMNS[table], 0)
+        self._longest = dict.fromkeys(ID_COLUMNS[table], 0)
 
     def add_rows(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append rows and count their tokens."""
@@ -141,7 +146,7 @@ class RowFile(ArrowFile):
         """
         self.close()
         if self.rows:
-            fingerprint = hashlib.sha256(f"{self._share} {sha256_file(self.path)}".encode()).hexdigest()[:16]
+            fingerprint = hashlib.sha256(f"{self._table} {sha256_file(self.path)}".encode()).hexdigest()[:16]
             table = MemoryMappedTable.from_file(str(self.path))
             datasets.disable_progress_bars()
             Dataset(table, fingerprint=fingerprint).save_to_disk(str(folder))

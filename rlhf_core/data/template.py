@@ -24,6 +24,7 @@ class Reason(StrEnum):
 
     EMPTY_PROMPT = "empty prompt"
     EMPTY_REPLY = "empty reply"
+    EMPTY_TEXT = "empty text"
     SAME = "chosen equals rejected"
     DIVERGE = "prompts diverge"
     HUMAN_LAST = "ends with human turn"
@@ -38,6 +39,10 @@ class Reason(StrEnum):
     LONG_PROMPT = "prompt over max_prompt_tokens"
     LONG_RESPONSE = "response over max_response_tokens"
     TIE = "all sampled answers have the same gold"
+    EQUAL = "both answers have the same score"
+    LABEL = "label says neither answer is better"
+    WEIGHT = "left out by weight"
+    HELD_OUT = "prompt is held out for tests"
 
 
 class Dropped(Exception):

@@ -37,15 +37,15 @@ def make_tokenizer(spec: DataSpec, model: ModelSpec | None) -> Any:
                 f"data.tokenizer: path {choice.path!r} and train_vocab_size {choice.train_vocab_size} exclude each "
                 "other; keep one"
             )
-        return _configured(_new_tokenizer(), choice)
+        return configured(_new_tokenizer(), choice)
     if choice.path:
-        return _configured(load(choice.path, None, "data.tokenizer.path"), choice)
+        return configured(load(choice.path, None, "data.tokenizer.path"), choice)
     if model is None or model.path is None:
         raise ConfigError(
             "data.tokenizer: a new model (model.family) brings no tokenizer; set data.tokenizer.path, or "
             "data.tokenizer.train_vocab_size to train one on the data"
         )
-    return _configured(load(model.path, model.revision, "model.path"), choice)
+    return configured(load(model.path, model.revision, "model.path"), choice)
 
 
 def load(path: str, revision: str | None, field: str) -> Any:
@@ -62,8 +62,9 @@ def load(path: str, revision: str | None, field: str) -> Any:
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"{field}: no tokenizer can be loaded from {path!r}: {reason}; set data.tokenizer.path to a folder with "
-            "tokenizer.json and tokenizer_config.json"
+            f"{field}: no tokenizer can be loaded from {path!r}: {reason}; set "
+            f"{'reward' if field.startswith('reward') else 'data'}.tokenizer.path to a folder with tokenizer.json and "
+            "tokenizer_config.json"
         ) from error
 
 
@@ -79,27 +80,28 @@ def _direct_class(folder: Path) -> str | None:
     return None if "auto_map" in content else DIRECT.get(str(content.get("tokenizer_class")).removesuffix("Fast"))
 
 
-def _configured(tokenizer: Any, choice: TokenizerSpec) -> Any:
+def configured(tokenizer: Any, choice: TokenizerSpec, field: str = "data.tokenizer") -> Any:
+    """The tokenizer with template, EOS and pad as chosen, or settled; ConfigError naming `field` if that cannot be."""
     if choice.chat_template is not None:
         tokenizer.chat_template = choice.chat_template
     if choice.eos_token is not None:
-        _require(tokenizer, choice.eos_token, "eos_token")
+        _require(tokenizer, choice.eos_token, f"{field}.eos_token")
         tokenizer.eos_token = choice.eos_token
     if tokenizer.eos_token is None or tokenizer.eos_token_id is None:
         raise ConfigError(
-            "data.tokenizer.eos_token: the tokenizer has no end-of-sequence token, so that no response could end; name "
-            "one of its tokens here"
+            f"{field}.eos_token: the tokenizer has no end-of-sequence token, so that no response could end; name one of "
+            "its tokens here"
         )
-    _set_pad(tokenizer, choice.pad_token)
+    _set_pad(tokenizer, choice.pad_token, field)
     return tokenizer
 
 
-def _set_pad(tokenizer: Any, wanted: str | None) -> None:
+def _set_pad(tokenizer: Any, wanted: str | None, field: str) -> None:
     if wanted is not None:
-        _require(tokenizer, wanted, "pad_token")
+        _require(tokenizer, wanted, f"{field}.pad_token")
         if wanted == tokenizer.eos_token:
             raise ConfigError(
-                f"data.tokenizer.pad_token: {wanted!r} is the end-of-sequence token, which responses learn and padding "
+                f"{field}.pad_token: {wanted!r} is the end-of-sequence token, which responses learn and padding "
                 "must not; name another token or leave it out"
             )
         tokenizer.pad_token = wanted
@@ -123,7 +125,7 @@ def _require(tokenizer: Any, token: str, field: str) -> None:
     if token not in tokenizer.get_vocab():
         special = ", ".join(repr(t) for t in tokenizer.all_special_tokens) or "none"
         raise ConfigError(
-            f"data.tokenizer.{field}: {token!r} is not in the vocabulary of {len(tokenizer)} tokens; name a token that "
+            f"{field}: {token!r} is not in the vocabulary of {len(tokenizer)} tokens; name a token that "
             f"is, e.g. a special one: {special}"
         )
 
@@ -146,7 +148,7 @@ def train(texts: Iterable[str], choice: TokenizerSpec) -> Any:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return _configured(_wrapped(backend), choice)
+    return configured(_wrapped(backend), choice)
 
 
 def _backend(tokens: list[str]) -> Any:

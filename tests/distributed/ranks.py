@@ -17,8 +17,10 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run(world: int, function: str, out: Path, timeout: float = 240, **arguments: Any) -> Any:
-    """`scenarios.function(**arguments)` on `world` ranks; what rank 0 returned."""
+def run(
+    world: int, function: str, out: Path, timeout: float = 240, script: str = "scenarios.py", **arguments: Any
+) -> Any:
+    """`function(**arguments)` of `script` on `world` ranks; what rank 0 returned."""
     out.mkdir(parents=True, exist_ok=True)
     port = str(free_port())
     processes = []
@@ -31,7 +33,7 @@ def run(world: int, function: str, out: Path, timeout: float = 240, **arguments:
             "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
         }  # fmt: skip
         log = (out / f"rank-{rank}.log").open("w")
-        command = [sys.executable, str(HERE / "scenarios.py"), function, json.dumps(arguments)]
+        command = [sys.executable, str(HERE / script), function, json.dumps(arguments)]
         processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
         codes = [p.wait(timeout) for p in processes]

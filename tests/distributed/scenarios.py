@@ -11,22 +11,32 @@ import tiny
 from rlhf_core.artifacts import ArtifactRef
 from rlhf_core.store import Store
 
+INPUTS = {"sft": ("data",), "reward": ("data", "sft"), "dpo": ("data", "sft"), "ppo": ("data", "sft", "reward")}
 
-def stage(root: str, name: str, spec: dict[str, Any], resources: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run one stage on the tiny store at `root`; rank 0 returns the rows of metrics.jsonl."""
+
+def stage(
+    root: str, name: str, spec: dict[str, Any], resources: dict[str, Any], folder: str = ""
+) -> list[dict[str, Any]]:
+    """Run one stage on the tiny store at `root`; rank 0 returns the rows of metrics.jsonl.
+
+    What rank r writes is in `out-r` below the run's folder, or in `out-r/{folder}`.
+    """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     refs = {k: ArtifactRef.model_validate(v) for k, v in json.loads((Path(root) / "refs.json").read_text()).items()}
-    needs = {"sft": ("data",), "reward": ("data", "sft"), "ppo": ("data", "sft", "reward")}[name]
-    out = Path(os.environ["RANKS_OUT"]) / f"out-{rank}"
-    context = tiny.context(
-        Store(f"file://{root}/store"), name, spec, {k: refs[k] for k in needs}, out, rank, world, **resources
-    )
+    out = Path(os.environ["RANKS_OUT"]) / f"out-{rank}" / folder
+    inputs = {k: refs[k] for k in INPUTS[name]}
+    context = tiny.context(Store(f"file://{root}/store"), name, spec, inputs, out, rank, world, **resources)
     from rlhf_core.train import stage_runner
 
     stage_runner(name)(context)
     if rank:
         return []
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def stages(root: str, jobs: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Run several stages one after the other in the same processes: by label, {"name", "spec", "resources"}."""
+    return {label: stage(root, **job, folder=label) for label, job in jobs.items()}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,14 +27,12 @@ os._exit(0)
 """
 
 
-def evaluate_rank(root: str, out: str, base: str | None, spec: dict, resources: dict) -> dict:
+def evaluate_rank(root: str, out: str, base: str | None, spec: dict, resources: dict, refs: str) -> dict:
     """One rank's run of the stage."""
     from rlhf_core.evaluate import run
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    refs = {
-        k: ArtifactRef.model_validate(v) for k, v in json.loads(Path(root, "evaluate-refs.json").read_text()).items()
-    }
+    refs = {k: ArtifactRef.model_validate(v) for k, v in json.loads(Path(root, refs).read_text()).items()}
     folder = Path(out) if rank == 0 else Path(f"{out}-{rank}")
     context = tiny.context(Store(f"file://{root}/store"), "evaluate", spec, refs, folder, rank, world, **resources)
     if base:
@@ -45,11 +44,12 @@ def evaluate_rank(root: str, out: str, base: str | None, spec: dict, resources: 
 @pytest.fixture(scope="module")
 def root(tiny_root: Path) -> Path:
     """The tiny store with a PPO artifact: an actor of other random weights."""
-    from rlhf_core.models import new_causal_lm, save_causal_lm
+    from rlhf_core.export import save_causal_lm
+    from rlhf_core.models import new_causal_lm
 
     refs = {k: ArtifactRef.model_validate(v) for k, v in json.loads((tiny_root / "refs.json").read_text()).items()}
     actor, tokenizer = new_causal_lm(tiny.MODEL, tiny.tokenizer(), seed=1), tiny.tokenizer()
-    save_causal_lm(actor, actor.state_dict(), tokenizer, tiny_root / "ppo" / "actor")
+    save_causal_lm(actor, tokenizer, tiny_root / "ppo" / "actor")
     rows = [{"kind": "train", "step": i, "seconds": i, "score": 0.1 * i, "score_std": 1.0} for i in range(1, 4)]
     (tiny_root / "ppo" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     refs["ppo"] = tiny.put(Store(f"file://{tiny_root}/store"), "ppo", tiny_root / "ppo", refs)
@@ -57,9 +57,17 @@ def root(tiny_root: Path) -> Path:
     return tiny_root
 
 
-def evaluate(root: Path, out: Path, world: int = 1, base: bool = False, spec: dict = SPEC, **resources: int) -> dict:
+def evaluate(
+    root: Path,
+    out: Path,
+    world: int = 1,
+    base: bool = False,
+    spec: dict = SPEC,
+    refs: str = "evaluate-refs.json",
+    **resources: int,
+) -> dict:
     """Metrics of the stage; its files are in `out`."""
-    arguments = {"root": str(root), "out": str(out), "spec": spec, "resources": resources}
+    arguments = {"root": str(root), "out": str(out), "spec": spec, "resources": resources, "refs": refs}
     arguments["base"] = str(root / "sft" / "model") if base else None
     port, tests = str(ranks.free_port()), Path(__file__).parents[1]
     paths = [str(p) for p in (tests.parent, tests, tests / "distributed")]
@@ -173,3 +181,86 @@ def test_a_model_from_scratch_has_no_base_and_perplexity_can_be_left_out(root, t
     assert metrics["prompts"] == 24, "all that there are"
     assert list(samples(tmp_path / "out")[0]["answers"]) == ["sft", "ppo"]
     assert not [name for name in metrics if name.startswith(("perplexity", "gold")) or name.endswith("_base")]
+
+
+# --- other pipelines -------------------------------------------------------------------------------------------------
+
+
+def with_inputs(root: Path, name: str, **made: tuple[str, str]) -> str:
+    """Refs of data and SFT and of artifacts whose folders are copies of others: stage=(its folder, the copied one)."""
+    import shutil
+
+    refs = {k: ArtifactRef.model_validate(v) for k, v in json.loads((root / "evaluate-refs.json").read_text()).items()}
+    refs = {k: refs[k] for k in ("data", "sft")}
+    for stage, (folder, copied) in made.items():
+        place = root / f"{name}-{stage}"
+        for part in folder.split():
+            shutil.copytree(root / copied, place / part, dirs_exist_ok=True)
+        refs[stage] = tiny.put(Store(f"file://{root}/store"), stage, place, refs, mark=name)
+    (root / f"{name}.json").write_text(json.dumps({k: v.model_dump() for k, v in refs.items()}))
+    return f"{name}.json"
+
+
+def test_a_dpo_pipeline_has_no_reward_scores_and_its_gains_go_by_gold(root, plain, tmp_path):
+    refs = with_inputs(root, "dpo-pipeline", dpo=("model", "ppo/actor"))
+    metrics = evaluate(root, tmp_path, refs=refs, micro_batch=5, rollout_micro_batch=6)
+    assert list(samples(tmp_path)[0]["answers"]) == ["sft", "dpo"]
+    for name in ("gold_{}", "perplexity_{}", "length_{}"):
+        assert metrics[name.format("dpo")] == plain[1][name.format("ppo")], "the same weights under another name"
+    assert metrics["kl_sequence"] == plain[1]["kl_sequence"] and metrics["gold_gain"] == plain[1]["gold_gain"]
+    assert not [name for name in metrics if name.startswith("reward")]
+    page = re.sub(r'base64,[^"]*', "", (tmp_path / "report.html").read_text())  # where any three letters occur
+    assert "DPO − SFT" in page and "did DPO help?" in page and "PPO" not in page
+
+
+def test_without_reward_model_and_gold_the_report_says_that_nothing_tells(root, tmp_path):
+    refs = with_inputs(root, "no-reward", ppo=("actor", "ppo/actor"))
+    spec = {**SPEC, "gold": None, "perplexity": False}
+    metrics = evaluate(root, tmp_path, refs=refs, spec=spec)
+    assert "kl_sequence" in metrics and "win_rate" not in metrics
+    assert "neither gold (evaluate.gold) nor a reward model" in (tmp_path / "report.html").read_text()
+
+
+def test_the_average_of_the_actor_is_one_more_model(root, plain, tmp_path):
+    refs = with_inputs(root, "averaged", ppo=("actor actor_ema", "ppo/actor"), reward=("model", "reward/model"))
+    metrics = evaluate(root, tmp_path, refs=refs, micro_batch=5, rollout_micro_batch=6)
+    assert list(samples(tmp_path)[0]["answers"]) == ["sft", "ppo", "ppo_ema"]
+    assert metrics["reward_ppo_ema"] == metrics["reward_ppo"] == plain[1]["reward_ppo"]
+    assert metrics["kl_sequence_ppo_ema"] == metrics["kl_sequence"] == plain[1]["kl_sequence"]
+    assert "PPO, EMA" in (tmp_path / "report.html").read_text()
+
+
+def test_a_reward_model_with_a_tokenizer_of_its_own_reads_the_texts_in_its_own_tokens(root, tmp_path):
+    """Its vocabulary is ours in another order and its weights are moved alike: so its scores must be the same."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    moved = root / "moved-reward-model"
+    shutil.copytree(root / "reward" / "model", moved)
+    words = ["<pad>", "<eos>", *tiny.WORDS]
+    order = [*range(31, 15, -1), *range(16)]  # the new id of an old token is its place here
+    vocabulary = {words[old]: new for new, old in enumerate(order)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>").save_pretrained(moved)
+    weights = load_file(moved / "model.safetensors")
+    (name,) = (name for name in weights if "embed" in name)
+    weights[name] = weights[name][torch.tensor(order)].contiguous()
+    save_file(weights, moved / "model.safetensors", {"format": "pt"})
+
+    own = with_inputs(root, "own-tokenizer", reward=("model", moved.name), ppo=("actor", "ppo/actor"))
+    shared = with_inputs(root, "same-tokenizer", reward=("model", "reward/model"), ppo=("actor", "ppo/actor"))
+    found = evaluate(root, tmp_path / "own", refs=own, micro_batch=5, rollout_micro_batch=6)
+    wanted = evaluate(root, tmp_path / "same", refs=shared, micro_batch=5, rollout_micro_batch=6)
+    pairs = zip(samples(tmp_path / "own"), samples(tmp_path / "same"), strict=True)
+    for row, other in pairs:
+        for model, answer in row["answers"].items():
+            if (
+                answer["tokens"] == len(answer["text"].split()) + answer["eos"]
+            ):  # a sampled pad token is not in the text
+                assert answer["reward"] == pytest.approx(other["answers"][model]["reward"], abs=1e-5)
+    assert found["length_ppo"] == wanted["length_ppo"]

@@ -14,9 +14,10 @@ from rlhf_core.artifacts import MANIFEST, list_manifests, read_manifest
 from rlhf_core.config import PipelineConfig, parse_config
 from rlhf_core.errors import ConfigError, IntegrityError, JobFailed
 from rlhf_core.plan import make_plan
-from rlhf_core.specs import STAGES
+from rlhf_core.specs import PPOSpec
 from rlhf_core.store import Store
 
+STAGES = ("data", "sft", "reward", "ppo", "evaluate")
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
@@ -133,6 +134,40 @@ def test_a_changed_ppo_field_builds_only_ppo_and_what_follows(server, config, st
     rlhf(config)
     rlhf(config.model_copy(update={"ppo": config.ppo.model_copy(update={"gamma": 0.99})}))
     assert [attempts(store, stage) for stage in STAGES] == [1, 1, 1, 2, 2]
+
+
+def test_with_dpo_the_flow_runs_its_stages_on_the_same_data_and_sft(server, config, store):
+    from flows.rlhf import rlhf
+
+    rlhf(config)
+    refs = rlhf(config.model_copy(update={"method": "dpo"}))
+    assert list(refs) == ["data", "sft", "dpo", "evaluate"]
+    assert [attempts(store, stage) for stage in (*STAGES, "dpo")] == [1, 1, 1, 1, 2, 1]
+    manifest = read_manifest(store, refs["evaluate"])
+    assert manifest is not None
+    assert list(manifest.inputs) == ["data", "sft", "dpo"]
+
+
+def test_without_a_reward_model_ppo_follows_sft(server, config, store):
+    from flows.rlhf import rlhf
+
+    rewards = [{"kind": "http", "url": "http://127.0.0.1:9/score", "name": "endpoint-v1"}]
+    ppo = PPOSpec.model_validate({**config.ppo.model_dump(), "rewards": rewards})
+    refs = rlhf(config.model_copy(update={"ppo": ppo}))
+    assert list(refs) == ["data", "sft", "ppo", "evaluate"]
+    assert attempts(store, "reward") == 0
+
+
+def test_a_flow_refuses_python_functions_where_code_is_not_allowed(server, config, store, monkeypatch):
+    from flows.rlhf import rlhf
+
+    monkeypatch.delenv("RLHF_ALLOW_CODE", raising=False)
+    ppo = PPOSpec.model_validate(
+        {**config.ppo.model_dump(), "rewards": [{"kind": "function", "function": "json:loads"}]}
+    )
+    with pytest.raises(ConfigError, match=r"ppo\.rewards\[0\].*RLHF_ALLOW_CODE=1"):
+        rlhf(config.model_copy(update={"ppo": ppo}))
+    assert store.list("") == {}
 
 
 def test_the_manifest_records_who_made_it_but_no_user(server, config, store):
@@ -291,6 +326,8 @@ def test_the_flow_forces_only_what_it_is_told_to(server, config, store):
 def test_a_single_stage_needs_its_inputs_and_builds_nothing_else(server, config, store):
     from flows import single
 
+    with pytest.raises(ConfigError, match="not part of this pipeline"):
+        single.dpo(config)
     with pytest.raises(ConfigError, match="--stage data"):
         single.sft(config)
     assert store.list("") == {}

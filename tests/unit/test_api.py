@@ -140,13 +140,32 @@ def test_args_may_be_nothing_a_spec_a_mapping_or_a_namespace_with_deepspeed_chat
     args = ppo_args({"clip": 0.3, "micro_batch": 2, "seed": 5})
     assert (args.spec.clip, args.resources.micro_batch, args.seed) == (0.3, 2, 5)
     chat = argparse.Namespace(
-        actor_learning_rate=1e-4, lr_scheduler_type="linear", per_device_training_batch_size=2, data_path=["x"]
+        actor_learning_rate=1e-4, lr_scheduler_type="polynomial", per_device_training_batch_size=2, data_path=["x"]
     )
     resolved = ppo_args(chat)
     assert resolved.spec.actor_optim.lr == 1e-4 and resolved.spec.actor_optim.schedule == "linear"
     assert resolved.spec.critic_optim.lr == PPOSpec().critic_optim.lr and resolved.resources.micro_batch == 2
     with pytest.raises(ConfigError, match="clip"):
         ppo_args({"clip": -1})
+
+
+def test_deepspeed_chats_flags_for_lora_ema_mixture_loss_and_memory_are_understood():
+    chat = argparse.Namespace(
+        actor_lora_dim=128, only_optimize_lora=True, actor_lora_learning_rate=5e-4, critic_lora_dim=0, enable_ema=True,
+        unsupervised_dataset_name="wikitext", unsup_coef=27.8, actor_zero_stage=3, critic_zero_stage=2, offload=True,
+        offload_reference_model=True, clip_reward_value=5, kl_ctl=0.1, cliprange=0.2, enable_hybrid_engine=True,
+    )  # fmt: skip
+    args = ppo_args(chat)
+    assert args.spec.actor_lora is not None and args.spec.critic_lora is None
+    assert (args.spec.actor_lora.rank, args.spec.actor_lora.alpha, args.spec.actor_lora.lr) == (128, 1.0, 5e-4)
+    assert args.spec.actor_lora.also_train == ()
+    assert args.spec.ema.decay == 0.992 and args.spec.ptx.coef == 27.8
+    resources = {role: args.resources.of_model(role) for role in ("actor", "critic", "reference", "reward")}
+    assert {role: r.zero_stage for role, r in resources.items()} == {
+        "actor": 3, "critic": 2, "reference": 3, "reward": 0
+    }  # fmt: skip
+    assert resources["actor"].offload_parameters == resources["reference"].offload_parameters == "cpu"
+    assert resources["critic"].offload_optimizer == "cpu" and resources["critic"].offload_parameters == "none"
 
 
 def test_a_tokenizer_without_eos_is_refused_by_name(folders):

@@ -8,7 +8,9 @@ import pytest
 from rlhf_core.comparison import Answer, TokenLoss, compare, describe, evaluation_of, flat_metrics, sample_rows
 
 
-def answer(reward: float, gold: float | None = None, tokens: int = 4, eos: bool = True, kl: float = 0.0) -> Answer:
+def answer(
+    reward: float | None, gold: float | None = None, tokens: int = 4, eos: bool = True, kl: float = 0.0
+) -> Answer:
     parts = {} if gold is None else {"count": gold, "ending": 1.0, "gold": gold / 2 + 0.5}
     return Answer(" text", tokens, eos, kl, reward, parts)
 
@@ -82,3 +84,24 @@ def test_samples_put_the_answers_to_a_prompt_side_by_side():
         "text": " text", "reward": 4.0, "kl": 1.0, "gold": 1.0, "gold_parts": {"count": 1.0, "ending": 1.0},
         "tokens": 4, "eos": False,
     }  # fmt: skip
+
+
+def test_without_a_reward_model_its_numbers_are_absent_and_gold_decides():
+    plain = {
+        "sft": [answer(None, 0.0), answer(None, 0.5)],
+        "dpo": [answer(None, 0.5, kl=2.0), answer(None, 1.0, kl=4.0)],
+    }
+    evaluation = evaluation_of(plain, {}, {})
+    flat = flat_metrics(evaluation)
+    assert not [name for name in flat if "reward" in name]
+    assert flat["win_rate"] == 1.0 and flat["gold_dpo"] > flat["gold_sft"] and flat["kl_sequence"] == 3.0
+    assert "paired differences dpo - sft" in evaluation["method"]
+    assert "reward" not in sample_rows(["a", "b"], plain)[0]["answers"]["dpo"]
+
+
+def test_the_averaged_actor_has_numbers_of_its_own_and_is_not_compared():
+    evaluation = evaluation_of({"sft": SFT, "ppo": PPO, "ppo_ema": SFT}, {}, {})
+    flat = flat_metrics(evaluation)
+    assert list(evaluation["models"]) == ["sft", "ppo", "ppo_ema"]
+    assert flat["kl_sequence"] == 2.0 and flat["kl_sequence_ppo_ema"] == 0.0
+    assert flat["gold_gain"] == pytest.approx(flat["gold_ppo"] - flat["gold_sft"])

@@ -83,9 +83,9 @@ def quickstart(tmp_path_factory):
 
 def test_the_columns_are_those_the_trainers_read(quickstart):
     columns = {
-        "sft": ["input_ids", "loss_mask", "prompt", "response"],
+        "sft": ["input_ids", "loss_mask", "prompt", "response", "source"],
         "reward": ["prompt_ids", "chosen_ids", "rejected_ids", "prompt", "chosen", "rejected", "source"],
-        "ppo": ["prompt_ids", "prompt", "response_ids", "response"],
+        "ppo": ["prompt_ids", "prompt", "response_ids", "response", "source"],
     }
     for place, rows in open_all(quickstart[0]).items():
         assert rows.column_names == columns[place.split("/")[0]]

@@ -2,13 +2,16 @@
 
 import gzip
 import json
+import re
 
 import fsspec
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from rlhf_core.data.readers import check_places, read_source, tidy
+from rlhf_core.data import files as data_files
+from rlhf_core.data.files import tidy
+from rlhf_core.data.readers import check_places, read_source
 from rlhf_core.errors import ConfigError, DataError, StoreError
 from rlhf_core.sources import content_id
 from rlhf_core.specs import DataSpec, FileSource, HubSource, QuickstartSource
@@ -50,6 +53,24 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, ending):
 def test_a_json_file_may_hold_its_list_under_a_name_or_one_object_a_line(tmp_path):
     assert [r.values for r in read(write(tmp_path / "a.json", json.dumps({"data": ROWS}).encode()))] == ROWS
     assert [r.values for r in read(write(tmp_path / "b.json", encoded("b.jsonl", tmp_path)))] == ROWS
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_in_a_json_file_is_read_element_by_element(tmp_path, indent, monkeypatch):
+    monkeypatch.setattr(data_files, "CHUNK", 7)  # no element fits, and some pieces end inside of a character
+    rows = [{"prompt": f"a{i}]}} \\", "chosen": "é☃\ud83d" * i, "rejected": [{"x": []}, 1e-5]} for i in range(20)]
+    text = f" {json.dumps(rows, indent=indent, ensure_ascii=False)}\n"
+    path = write(tmp_path / "a.json", text.encode(errors="surrogatepass"))
+    assert [r.values for r in read(path)] == rows
+    wide = write(tmp_path / "b.json", json.dumps(rows).encode("utf-16"))
+    assert [r.values for r in read(wide)] == rows
+
+
+@pytest.mark.parametrize("end", ["", ",", "}", '{"a": 1', "] x"])
+def test_a_list_in_a_json_file_that_does_not_end_well_is_an_error(tmp_path, end):
+    path = write(tmp_path / "a.json", ('[{"prompt": "a"}' + end).encode())
+    with pytest.raises(DataError, match=r"a\.json: not JSON: .*row [12]"):
+        read(path)
 
 
 def test_files_may_be_in_object_storage():
@@ -164,6 +185,20 @@ def test_stories_are_cut_at_their_beginnings_and_after_the_first_sentence(tmp_pa
         {"prompt": "Once upon a time there was a dog.", "response": ""},
     ]
     assert rows[0].source == "tales"
+
+
+@pytest.mark.parametrize("start", [r"^(?=Once upon a time|One day,)", r"(?<!\n)\n(?!\n)"])
+def test_stories_are_cut_in_the_same_way_however_the_file_arrives(tmp_path, start, monkeypatch):
+    text = "".join(f"Once upon a time {i}. It{' was' * i}.\n{chr(10) * (i % 3)}" for i in range(60))
+    path = write(tmp_path / "a.txt", text.encode())
+    whole = [row.values for row in read(path, format="stories", story_start=start)]
+    assert len(whole) == 60 or start.startswith("(?<!")
+    assert [tidy(w["prompt"] + w["response"]) for w in whole] == [
+        story for story in map(tidy, re.split(start, text, flags=re.MULTILINE)) if story
+    ]
+    monkeypatch.setattr(data_files, "CHUNK", 100)
+    monkeypatch.setattr(data_files, "MARGIN", 300)
+    assert [row.values for row in read(path, format="stories", story_start=start)] == whole
 
 
 def test_a_broken_story_start_names_the_field(tmp_path):

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TRAINING = {"torch", "deepspeed", "transformers", "datasets"}
 CONTRACT = (
-    "errors canonical specs resources config artifacts store sources job plan launch guard doctor context gold"
+    "errors canonical specs resources config artifacts store sources job plan launch guard doctor context gold card "
+    "reward_sources eval.request eval.pairs eval.peak"
 ).split()
 
 

@@ -119,3 +119,46 @@ def test_answers_without_eos_are_punished_as_configured():
     assert pm.shaped_scores(scores, ended, 5.0, 1.0, "subtract").tolist() == [5.0, -0.5]
     assert pm.shaped_scores(scores, ended, 5.0, 1.0, "replace").tolist() == [5.0, -1.0]
     assert pm.shaped_scores(scores, ended, None, None, "replace").tolist() == [9.0, 0.5]
+
+
+def test_the_upper_clip_may_be_wider_and_then_only_gains_upwards_are_freer():
+    old, mask = torch.zeros(1, 4), torch.ones(1, 4)
+    new = T([[1.25, 1.5, 0.5, 1.5]]).log()
+    gains = T([[1.0, 1.0, -1.0, -1.0]])
+    wide = pm.policy_terms(new, old, gains, mask, clip=0.2, clip_high=0.28)
+    assert torch.allclose(wide.loss, T([[-1.25, -1.28, 0.8, 1.5]]))
+    assert wide.clipped.tolist() == [[False, True, True, False]]
+    assert torch.allclose(pm.policy_terms(new, old, gains, mask, clip=0.2).loss, T([[-1.2, -1.2, 0.8, 1.5]]))
+
+
+def test_dual_clip_bounds_the_loss_of_negative_advantages_alone():
+    old, mask = torch.zeros(1, 4), T([[1, 1, 1, 0]])
+    new = T([[10.0, 2.0, 10.0, NAN]]).log()
+    gains = T([[-1.0, -1.0, 1.0, NAN]])
+    assert torch.allclose(pm.policy_terms(new, old, gains, mask, 0.2).loss, T([[10.0, 2.0, -1.2, 0.0]]))
+    assert torch.allclose(pm.policy_terms(new, old, gains, mask, 0.2, dual_clip=3.0).loss, T([[3.0, 2.0, -1.2, 0.0]]))
+
+
+def test_a_token_earns_the_discounted_rewards_from_it_on():
+    rewards, mask = T([[1.0, 2.0, 4.0], [1.0, 2.0, NAN]]), T([[1, 1, 1], [1, 1, 0]])
+    assert torch.allclose(pm.reward_to_go(rewards, mask, 0.5), T([[3.0, 4.0, 4.0], [2.0, 2.0, 0.0]]))
+    assert torch.allclose(pm.reward_to_go(rewards, mask, 1.0), T([[7.0, 6.0, 4.0], [3.0, 2.0, 0.0]]))
+
+
+def test_the_baseline_of_an_answer_is_the_mean_of_the_others_to_its_prompt():
+    scores = T([1.0, 2.0, 6.0, 10.0, 20.0, 0.0])
+    assert torch.allclose(pm.leave_one_out(scores, 3), T([-3.0, -1.5, 4.5, 0.0, 15.0, -15.0]))
+    assert torch.allclose(pm.leave_one_out(scores, 2), T([-1.0, 1.0, -4.0, 4.0, 20.0, -20.0]))
+
+
+def test_group_advantages_are_standard_scores_and_nothing_in_a_group_of_equals():
+    found = pm.group_normalized(T([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]), 3)
+    deviation = math.sqrt(7.0)  # of 1, 2, 6 about 3, with n - 1
+    assert torch.allclose(found, T([-2 / deviation, -1 / deviation, 3 / deviation, 0.0, 0.0, 0.0]), atol=1e-4)
+
+
+def test_advantages_of_one_group_do_not_move_those_of_another():
+    scores = T([1.0, 2.0, 6.0, 5.0, 7.0, 9.0])
+    moved = T([1.0, 2.0, 6.0, 500.0, -700.0, 9.0])
+    for compare in (pm.leave_one_out, pm.group_normalized):
+        assert torch.equal(compare(scores, 3)[:3], compare(moved, 3)[:3])

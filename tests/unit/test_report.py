@@ -156,6 +156,47 @@ def test_without_gold_the_verdict_goes_by_the_reward_model(tmp_path):
     assert not (tmp_path / "plots" / "gold.png").exists()
 
 
+def under_dpo(found: dict) -> dict:
+    """The same numbers, found of a DPO model, whose pipeline has no reward model."""
+    models = {"sft": found["models"]["sft"], "dpo": found["models"]["ppo"]}
+    models = {name: {k: v for k, v in values.items() if k != "reward"} for name, values in models.items()}
+    kept = {part: {k: v for k, v in found[part].items() if k != "reward"} for part in ("gains", "win_rate")}
+    return {**found, "models": models, **kept}
+
+
+def test_a_dpo_pipeline_is_reported_under_its_own_name_and_without_reward_scores(tmp_path):
+    found = under_dpo(evaluation())
+    answers = {"sft": SAMPLE["answers"]["sft"], "dpo": SAMPLE["answers"]["ppo"]}
+    stages = {"dpo": training(30, "loss", "accuracy", "chosen_reward")}
+    page = page_of(tmp_path, evaluation=found, samples=[{**SAMPLE, "answers": answers}], stages=stages)
+    page = re.sub(r'base64,[^"]*', "", page)  # where any three letters occur
+    assert "DPO&#x27;s answers are better than SFT&#x27;s" in page and "DPO − SFT" in page
+    assert "PPO" not in page and "Reward model's score" not in page
+    assert "Direct preference optimisation" in page and "Implicit reward, chosen" in page
+    assert not (tmp_path / "plots" / "reward.png").exists()
+
+
+def test_the_remedies_of_a_dpo_pipeline_are_fields_of_dpo():
+    (warning,) = report.warnings(under_dpo(evaluation(perplexity=99.0)))
+    assert "surprise DPO" in warning and "raise dpo.beta" in warning
+    assert "ppo." not in " ".join(report.warnings(under_dpo(evaluation(eos=0.5, length=30.0))))
+
+
+def test_the_averaged_actor_is_a_column_of_its_own_and_the_comparison_stays_ppos(tmp_path):
+    found = evaluation()
+    found["models"]["ppo_ema"] = model(1.0, 0.7)
+    page = page_of(tmp_path, evaluation=found)
+    assert re.findall(r'<th scope="col">(.*?)</th>', page)[:4] == ["SFT", "PPO", "PPO, EMA", "PPO − SFT"]
+
+
+def test_without_gold_and_reward_model_there_is_no_verdict():
+    found = under_dpo(evaluation())
+    for part in ("gains", "win_rate"):
+        found[part].pop("gold")
+    text, tone = report.verdict(found)
+    assert tone == "" and "neither gold (evaluate.gold) nor a reward model" in text
+
+
 @pytest.mark.parametrize(("gain", "tone"), [(0.3, "better"), (-0.3, "worse"), (0.03, "even")])
 def test_the_verdict_calls_a_difference_only_if_the_interval_excludes_zero(gain, tone):
     text, found = report.verdict(evaluation(gold_gain=gain))

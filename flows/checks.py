@@ -1,0 +1,90 @@
+"""What can be checked before anything trains and is not in the configuration alone: code, machine, folders.
+
+No Prefect and no torch here. `check_functions` looks at the Python functions that `ppo.rewards` names without running
+them; `check_machine` at what the stages that will be built need of this machine.
+"""
+
+import ast
+import importlib.util
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from rlhf_core import launch
+from rlhf_core.config import PipelineConfig
+from rlhf_core.errors import ConfigError
+from rlhf_core.resources import Resources
+from rlhf_core.sources import local_path
+from rlhf_core.specs import FunctionReward, LoRASpec, StageName
+
+
+def check_functions(config: PipelineConfig) -> None:
+    """ConfigError if `ppo.rewards` names a Python function that may not run here, or that is not there.
+
+    Nothing is imported: the file of `path/to/file.py:name` is parsed, of `module:name` only the package is looked up.
+    """
+    functions = [(i, s) for i, s in enumerate(config.ppo.rewards or ()) if isinstance(s, FunctionReward)]
+    if not functions:
+        return
+    from rlhf_core.reward_sources import check_code  # brings an HTTP client, which few pipelines need
+
+    check_code(config.ppo.rewards)
+    for i, source in functions:
+        field = f"ppo.rewards[{i}].function"
+        place, _, name = source.function.rpartition(":")
+        if place.endswith(".py"):
+            _require_function(local_path(place, field), name, field)
+        elif importlib.util.find_spec(place.partition(".")[0]) is None:
+            raise ConfigError(f"{field}: {source.function!r}: the package {place!r} is not installed; pip install it")
+
+
+def _require_function(file: Path, name: str, field: str) -> None:
+    try:
+        tree = ast.parse(file.read_text())
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"{field}: {str(file)!r} cannot be read as Python: {error}") from None
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    if name not in names and "*" not in names:
+        raise ConfigError(f"{field}: {str(file)!r} defines no {name!r}; it has {', '.join(sorted(names)) or 'nothing'}")
+
+
+def check_machine(config: PipelineConfig, stages: Iterable[StageName]) -> None:
+    """ConfigError if a stage cannot run here as its resources say: GPUs, precision, folders, packed rows."""
+    for stage in stages:
+        try:
+            resources = config.resources.of(stage)
+        except ValidationError as error:
+            raise ConfigError(f"resources.stages.{stage}: {error.errors()[0]['msg']}") from None
+        _check_devices(config, stage, resources)
+        if resources.nvme_path and not os.access(Path(resources.nvme_path).expanduser(), os.W_OK):
+            raise ConfigError(
+                f"resources.nvme_path: {resources.nvme_path!r} is not a folder this process may write to; make it"
+            )
+        longest = config.data.max_prompt_tokens + config.data.max_response_tokens
+        if stage == "sft" and resources.pack_tokens and resources.pack_tokens < longest:
+            raise ConfigError(
+                f"resources.pack_tokens: {resources.pack_tokens} is less than the longest row, data.max_prompt_tokens "
+                f"+ max_response_tokens = {longest}; raise it"
+            )
+
+
+def _check_devices(config: PipelineConfig, stage: StageName, resources: Resources) -> None:
+    spec = getattr(config, stage)
+    on_cpu = launch.accelerator() == "cpu"
+    if on_cpu and getattr(spec, "precision", "") == "fp16":
+        raise ConfigError(f"{stage}.precision: fp16 needs a GPU and this machine shows none; use bf16 or fp32")
+    for name in ("lora", "actor_lora", "critic_lora"):
+        lora: LoRASpec | None = getattr(spec, name, None)
+        if lora and lora.quantize and on_cpu:
+            raise ConfigError(f"{stage}.{name}.quantize: {lora.quantize} needs a GPU and this machine shows none")
+    if stage != "data":
+        launch._devices(resources.processes)  # the launcher's own rule, before the stages that come first

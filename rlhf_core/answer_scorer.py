@@ -1,0 +1,138 @@
+"""The scores of a rollout: reference log-probabilities, critic's values, and the weighted sum of the reward sources.
+
+Everything runs in micro-batches of this rank's rows. Critic and reward model may read other tokens than the actor: then an
+answer is tokenised anew once for each rollout, scored at its last token, and valued through an alignment by text that never
+shows the critic the token it values. Functions and endpoints see texts without special tokens.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_core import ppo_math as pm
+from rlhf_core.batches import deal, right_pad
+from rlhf_core.experience import Experience, concatenate
+from rlhf_core.models import check_positions
+from rlhf_core.ppo_args import PPOArgs
+from rlhf_core.reward_sources import Judge, judge_of
+from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine
+from rlhf_core.rollout import Rollout, pad_to
+from rlhf_core.scoring import aligned_values, end_scores, response_scores, response_values
+
+
+class AnswerScorer:
+    """Scores rollouts with the models of one engine.
+
+    Attributes:
+        parts: sum of each reward source's scores over this rank's rows of the last rollout, before weighting.
+    """
+
+    def __init__(self, engine: DeepSpeedRLHFEngine, args: PPOArgs) -> None:
+        self.engine = engine
+        self.spec, self.resources = args.spec, args.resources
+        self.tokenizer: Any = engine.tokenizer
+        self.vocabulary = len(engine.tokenizer)
+        self.parts: dict[str, float] = {}
+        self._other_ids: dict[int, tuple[list[int], list[int]]] = {}
+        self._judges: dict[str, tuple[float, Judge]] = {}
+        self._model_weight = 1.0
+        for i, source in enumerate(self.spec.rewards or ()):
+            if source.kind == "model":
+                self._model_weight = source.weight
+            else:
+                judge = judge_of(source, f"ppo.rewards[{i}]")
+                self._judges[f"score_{i}_{source.kind}"] = (source.weight, judge)
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout, names: list[int]) -> Experience:
+        """Reference log-probabilities, values and reward scores of a rollout, by micro-batches."""
+        eos = self.tokenizer.eos_token_id
+        ended = ((rollout.response_ids == eos) & rollout.response_mask.bool()).any(1)
+        lengths = (rollout.prompt_mask.sum(1) + rollout.response_mask.sum(1)).tolist()
+        blank = torch.zeros_like(rollout.logprobs)
+        whole = Experience(
+            sample_ids=torch.tensor(names, device=blank.device),
+            prompt_ids=rollout.prompt_ids,
+            prompt_mask=rollout.prompt_mask,
+            response_ids=rollout.response_ids,
+            response_mask=rollout.response_mask,
+            logprobs=rollout.logprobs,
+            entropy=rollout.entropy,
+            ref_logprobs=blank,
+            values=blank,
+            scores=torch.zeros(len(names), device=blank.device),
+            ended=ended,
+            support=rollout.support,
+        )
+        self.parts, self._other_ids = {}, {}
+        parts = [self._score_part(whole.rows(torch.tensor(i))) for i in deal(lengths, 0, 1, self.resources.micro_batch)]
+        merged = concatenate(parts, self.tokenizer.pad_token_id)
+        return merged.rows(torch.argsort(merged.sample_ids))
+
+    def _score_part(self, rows: Experience) -> Experience:
+        sequence = (rows.prompt_ids, rows.prompt_mask, rows.response_ids, rows.response_mask)
+        temperature, support = self.spec.temperature, rows.support
+        reference = response_scores(
+            self.engine.ref, *sequence, temperature, support, vocabulary=self.vocabulary
+        ).logprobs
+        values = self.values(rows) if self.engine.critic is not None else rows.values
+        return replace(
+            rows,
+            ref_logprobs=pm.select(reference, rows.response_mask),
+            values=pm.select(values, rows.response_mask),
+            scores=self._scores(rows),
+        )
+
+    def values(self, rows: Experience) -> Tensor:
+        """The critic's values `[batch, response]`, in its own tokens if they are not the actor's."""
+        critic = self.engine.critic
+        if self.engine.retokenizer is None:
+            return response_values(critic, rows.prompt_ids, rows.prompt_mask, rows.response_ids, rows.response_mask)
+        ids, mask, index = self._in_other_tokens(rows)
+        return aligned_values(critic, ids, mask, index)
+
+    def _in_other_tokens(self, rows: Experience) -> tuple[Tensor, Tensor, Tensor]:
+        """Answers as critic and reward model read them: ids and mask `[batch, tokens]`, alignment `[batch, response]`."""
+        retokenizer = self.engine.retokenizer
+        assert retokenizer is not None
+        for row, name in enumerate(rows.sample_ids.tolist()):
+            if name not in self._other_ids:
+                prompt = rows.prompt_ids[row][rows.prompt_mask[row].bool()].tolist()
+                answer = rows.response_ids[row][rows.response_mask[row].bool()].tolist()
+                self._other_ids[name] = retokenizer.convert(prompt, answer), retokenizer.align(prompt, answer)
+        both = [self._other_ids[name] for name in rows.sample_ids.tolist()]
+        device, pad = rows.prompt_ids.device, self.engine.reward_tokenizer.pad_token_id
+        check_positions(self.engine.value_config, max(len(ids) for ids, _ in both), 0)
+        mask = right_pad([[1] * len(ids) for ids, _ in both], 0, device)
+        index = pad_to(right_pad([index for _, index in both], 0, device), rows.response_ids.shape[1], 0)
+        return right_pad([ids for ids, _ in both], pad, device), mask, index
+
+    def _scores(self, rows: Experience) -> Tensor:
+        """Weighted sum of all reward sources, `[batch]`; the sums of the parts are kept for the metrics."""
+        total = torch.zeros(len(rows), device=rows.logprobs.device)
+        if self.engine.reward is not None:
+            if self.engine.retokenizer is None:
+                ids = torch.cat([rows.prompt_ids, rows.response_ids], 1)
+                mask = torch.cat([rows.prompt_mask, rows.response_mask], 1)
+            else:
+                ids, mask, _ = self._in_other_tokens(rows)
+            scores = end_scores(self.engine.reward, ids, mask)
+            self._note("score_model", float(scores.sum()))
+            total = total + self._model_weight * scores
+        if self._judges:
+            prompts = self._texts(rows.prompt_ids, rows.prompt_mask)
+            answers = self._texts(rows.response_ids, rows.response_mask)
+            for name, (weight, judge) in self._judges.items():
+                values = torch.tensor(judge(prompts, answers), dtype=total.dtype, device=total.device)
+                self._note(name, float(values.sum()))
+                total = total + weight * values
+        return total
+
+    def _note(self, name: str, value: float) -> None:
+        self.parts[name] = self.parts.get(name, 0.0) + value
+
+    def _texts(self, ids: Tensor, mask: Tensor) -> list[str]:
+        rows = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)

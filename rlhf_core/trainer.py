@@ -1,0 +1,168 @@
+"""The frame of the trainers that learn from fixed rows: SFT, reward model and DPO.
+
+`Trainer` opens the rows, counts the steps, adapts the model, and owns the loop: step, log, evaluate now and then, save. A stage
+says what a step and an evaluation are. Below it stands what the two stages on pairs share: scoring all pairs on all ranks, and
+accuracy with its interval, over all and by source.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.batches import Row, deal, open_rows, step_rows, total_steps
+from rlhf_core.context import JobContext
+from rlhf_core.distributed import gather, start
+from rlhf_core.engine import train_engine
+from rlhf_core.export import save_adapter
+from rlhf_core.lora import add_lora, trained
+from rlhf_core.models import load_tokenizer
+from rlhf_core.specs import DPOSpec, LoRASpec, RewardSpec, SFTSpec
+from rlhf_core.stats import wilson_interval
+
+S = TypeVar("S", SFTSpec, RewardSpec, DPOSpec)
+
+
+class Trainer(ABC, Generic[S]):
+    """Owns the loop of one stage on this rank.
+
+    Attributes:
+        shown: metrics of a step that stand beside the progress.
+        evaluate_first: whether the start is evaluated too.
+        tokenizer: of the data.
+        steps: optimizer steps of the stage.
+    """
+
+    shown: tuple[str, ...] = ("loss",)
+    evaluate_first = False
+    engine: Any
+
+    def __init__(self, context: JobContext, spec: S, share: str) -> None:
+        """Join the other ranks and open the rows of `share`."""
+        self.context = context
+        self.spec = spec
+        self.resources = context.job.resources
+        self.ranks = start(context.seed)
+        data = context.input("data")
+        self.tokenizer = load_tokenizer(data / "tokenizer")
+        self.train_rows = open_rows(data / share / "train")
+        self.test_rows = open_rows(data / share / "test")
+        stage = context.job.stage
+        self.steps = total_steps(len(self.train_rows), spec.batch_size, spec.epochs, spec.max_steps, stage)
+        self.tokens = 0.0
+
+    @property
+    def quantize(self) -> str | None:
+        """In what the base weights are kept, for the loaders."""
+        return self.spec.lora.quantize if self.spec.lora else None
+
+    def start_engine(self, model: nn.Module) -> None:
+        """Add the adapters that the spec asks for, and the optimizer."""
+        self.parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters())
+        if self.spec.lora:
+            add_lora(model, self.spec.lora, f"{self.context.job.stage}.lora", self.context.seed)
+        self.trained = trained(model)
+        self.engine = train_engine(model, self.spec.optim, self.resources, self.spec.precision, lora=self.spec.lora)
+
+    def run(self) -> dict[str, Any]:
+        """Train, evaluate, save; returns the stage's metrics."""
+        began = time.monotonic()
+        if self.evaluate_first:
+            self.evaluate(0)
+        metrics: dict[str, float] = {}
+        for step in range(self.steps):
+            metrics = self.step(step)
+            self.context.log("train", step + 1, metrics)
+            self.context.progress(step + 1, self.steps, "train", {name: metrics[name] for name in self.shown})
+            if self.spec.eval_every and (step + 1) % self.spec.eval_every == 0 and step + 1 < self.steps:
+                self.evaluate(step + 1)
+        seconds = time.monotonic() - began
+        evaluation = self.evaluate(self.steps)
+        return {
+            "steps": self.steps,
+            "parameters": self.parameters,
+            "parameters_trained": self.trained,
+            "tokens": int(self.tokens),
+            "tokens_per_second": self.tokens / seconds,
+            "loss_last": metrics["loss"],
+            **self.save(),
+            **{f"eval_{name}": value for name, value in evaluation.items()},
+        }
+
+    @abstractmethod
+    def step(self, step: int) -> dict[str, float]:
+        """One optimizer step over the global batch; its metrics."""
+
+    @abstractmethod
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Metrics on the held-out rows, logged; none without rows."""
+
+    @abstractmethod
+    def save(self) -> dict[str, Any]:
+        """Write the model to the output folder; what it has to say beside the other metrics."""
+
+    def batch(self, step: int) -> tuple[np.ndarray, list[Row]]:
+        """Row numbers `[batch_size]` and rows of one step."""
+        indices = step_rows(len(self.train_rows), self.spec.batch_size, step, self.context.seed)
+        return indices, self.train_rows.select(indices).to_list()
+
+    def save_adapter(self, lora: LoRASpec, base: str) -> None:
+        """Write the adapters beside the model."""
+        save_adapter(self.engine, self.context.out / "adapter", lora, base)
+
+    @property
+    def sft_model(self) -> str:
+        """Name of the SFT stage's model, the base of an adapter."""
+        return f"{self.context.job.inputs['sft'].id}/model"
+
+    def deal_pairs(self, rows: Sequence[Row]) -> list[list[int]]:
+        """This rank's micro-batches of pairs, as indices into `rows`."""
+        lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+        return deal(lengths, self.ranks.rank, self.ranks.world, self.resources.micro_batch)
+
+    @torch.no_grad()
+    def score_pairs(
+        self,
+        rows: list[Row],
+        phase: str,
+        score: Callable[[list[Row]], tuple[Tensor, Tensor]],
+        before: int = 0,
+        total: int | None = None,
+    ) -> np.ndarray:
+        """What `score` gives to chosen and rejected of all `rows`, on every rank, in order: `[pairs, 2]`.
+
+        `before` and `total` say where these rows stand among more, for the progress.
+        """
+        self.engine.eval()
+        mine: dict[int, tuple[float, float]] = {}
+        parts = self.deal_pairs(rows)
+        for done, part in enumerate(parts):
+            chosen, rejected = score([rows[i] for i in part or [0]])  # an empty part runs too, for ZeRO-3's sake
+            mine.update(zip(part, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=False))
+            self.context.progress(before + len(rows) * (done + 1) // len(parts), total or len(rows), phase, unit="pair")
+        merged = {i: pair for ranks in gather(mine) for i, pair in ranks.items()}
+        return np.array([merged[i] for i in range(len(rows))])
+
+
+def accuracy_metrics(right: np.ndarray, rows: Sequence[Row]) -> dict[str, float]:
+    """Accuracy with its 95 % Wilson interval, and by source where there are several.
+
+    Args:
+        right: `[pairs]`, whether each pair is told right.
+        rows: the pairs.
+    """
+    low, high = wilson_interval(int(right.sum()), len(rows))
+    metrics = {"accuracy": float(right.mean()), "accuracy_low": low, "accuracy_high": high}
+    return metrics | by_source("accuracy", right.astype(float), np.ones(len(rows)), rows)
+
+
+def by_source(name: str, values: np.ndarray, weights: np.ndarray, rows: Sequence[Row]) -> dict[str, float]:
+    """`{name}_{source}`: the mean of `values` by `weights` over each source's rows; nothing with a single source."""
+    sources = np.array([str(row.get("source") or "") for row in rows])
+    if len(found := sorted(set(sources) - {""})) < 2:
+        return {}
+    return {f"{name}_{s}": float((values * weights)[sources == s].sum() / weights[sources == s].sum()) for s in found}

@@ -28,6 +28,7 @@ from rlhf_core.errors import ConfigError, RlhfError
 from rlhf_core.plan import StagePlan
 from rlhf_core.specs import STAGES, StageName
 from rlhf_core.store import Store
+from rlhf_core.tensorboard import write_events
 from tasks.headline import duration
 
 INTERRUPTED = 130
@@ -195,6 +196,22 @@ def artifacts_lineage(id: str, store: StoreOption = None, config: ConfigOption =
     place = store_of(store, config)
     known = list_manifests(place)
     show_lineage(find_artifact(known, id, place).ref, {manifest.ref.id: manifest for manifest in known})
+
+
+@artifacts.command("tensorboard")
+def artifacts_tensorboard(
+    id: Annotated[str | None, typer.Argument(metavar="[ID]", help="only this artifact; may be a prefix")] = None,
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="where the event files go")] = Path(
+        "tensorboard"
+    ),
+    store: StoreOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Write the metrics of artifacts as event files: then `tensorboard --logdir DIR`."""
+    place = store_of(store, config)
+    known = list_manifests(place)
+    written = write_events(place, [find_artifact(known, id, place)] if id else known, folder)
+    out.print(f"{len(written)} artifacts in {folder}", soft_wrap=True)
 
 
 @app.command()

@@ -38,3 +38,17 @@ def tiny_root(tmp_path_factory) -> Path:
     refs = {"data": data, "sft": sft, "reward": reward}
     (root / "refs.json").write_text(json.dumps({k: v.model_dump() for k, v in refs.items()}))
     return root
+
+
+@pytest.fixture
+def folders(tiny_root) -> dict[str, str]:
+    """Folders of the tiny tokenizer, SFT model ("actor") and reward model ("critic")."""
+    from rlhf_core.artifacts import ArtifactRef
+
+    refs = {k: ArtifactRef.model_validate(v) for k, v in json.loads((tiny_root / "refs.json").read_text()).items()}
+    store = tiny_root / "store"
+    return {
+        "tokenizer": str(store / refs["data"].id / "tokenizer"),
+        "actor": str(store / refs["sft"].id / "model"),
+        "critic": str(store / refs["reward"].id / "model"),
+    }

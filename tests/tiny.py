@@ -13,7 +13,8 @@ from rlhf_core.specs import ModelSpec
 from rlhf_core.store import Store
 
 WORDS = [f"w{i}" for i in range(30)]
-MODEL = ModelSpec(family="llama", hidden_size=32, layers=2, heads=4, positions=64)
+# Wide enough that ZeRO-3 divides its matrices: weights below 10,000 numbers stay whole on every rank.
+MODEL = ModelSpec(family="llama", hidden_size=128, layers=2, heads=4, positions=64)
 
 
 def tokenizer() -> Any:

@@ -21,7 +21,7 @@ SPECS: dict[str, dict[str, Any]] = {
     },
     "reward": {"batch_size": 8, "max_steps": 5, "optim": {"lr": 1e-3}},
     "reward-lora": {"batch_size": 8, "max_steps": 5, "optim": {"lr": 1e-3}, "lora": LORA},
-    "dpo": {"batch_size": 8, "max_steps": 5, "optim": {"lr": 3e-3}, "beta": 1.0, "label_smoothing": 0.1},
+    "dpo": {"batch_size": 8, "max_steps": 5, "optim": {"lr": 3e-4}, "beta": 1.0, "label_smoothing": 0.1},
     "dpo-lora": {"batch_size": 8, "max_steps": 5, "beta": 1.0, "loss": "ipo", "lora": {"rank": 4, "lr": 3e-3}},
     "ppo": {
         "steps": 3, "rollout_batch_size": 16, "minibatches": 2, "ppo_epochs": 2, "max_response_tokens": 10,

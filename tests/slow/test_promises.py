@@ -36,13 +36,14 @@ def command(config: Path, store: Store, *sets: str) -> list[str]:
     return [str(Path(sys.executable).with_name("rlhf")), "run", str(config), *options]
 
 
-def run(store: Store, *sets: str, config: Path = QUICKSTART) -> dict[str, Any]:
-    """Run the pipeline; the evaluation's metrics."""
-    done = subprocess.run(command(config, store, *sets), cwd=ROOT, capture_output=True, text=True)
+def run(store: Store, *sets: str, config: Path = QUICKSTART, stage: str | None = None) -> dict[str, Any]:
+    """Run the pipeline, or one stage of it; the metrics of the evaluation, or of that stage."""
+    only = ["--stage", stage] if stage else []
+    done = subprocess.run([*command(config, store, *sets), *only], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     plan = {p.stage: p for p in make_plan(load_config(config, (f"store={store.url}", *sets)), store)}
-    assert all(p.action == "reuse" for p in plan.values())
-    key = f"{plan['evaluate'].ref.id}/manifest.json"
+    assert stage or all(p.action == "reuse" for p in plan.values())
+    key = f"{plan[stage or 'evaluate'].ref.id}/manifest.json"
     return Manifest.model_validate_json(store.read(key)).metrics
 
 
@@ -53,6 +54,39 @@ def test_ppo_raises_gold_and_every_part_of_it_far_above_sft(store, seed):
     for part in PARTS:
         assert m[f"gold_{part}_ppo"] > m[f"gold_{part}_sft"] + 0.03, part
     assert m["kl_sequence"] < 20 and m["eos_rate_ppo"] > 0.95 and m["eos_rate_sft"] > 0.95
+
+
+VARIANTS = {
+    "dpo": ("method=dpo", "dpo.optim.lr=3e-4", "dpo.batch_size=32"),
+    "rloo": ("ppo.advantage=rloo", "ppo.rollout_batch_size=32"),
+    "reinforce++": ("ppo.advantage=reinforce++",),
+    "grpo": ("ppo.advantage=grpo", "ppo.rollout_batch_size=32"),
+    "mixture": ("ppo.ptx.coef=0.5",),
+    "lora": ("ppo.actor_lora.rank=8", "ppo.critic_lora.rank=8", "ppo.actor_optim.lr=2e-3", "ppo.critic_optim.lr=2e-3"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_other_way_to_learn_preferences_raises_gold_too(store, variant):
+    m = run(store, *VARIANTS[variant])
+    shown = ("gold_sft", "gold_gain", "gold_gain_low", "gold_gain_high", "kl_sequence")
+    print(variant, {k: round(v, 3) for k, v in m.items() if k in shown or k.startswith("perplexity")})
+    assert m["gold_gain"] > 0.15 and m["gold_gain_low"] > 0
+
+
+def test_the_mixture_loss_keeps_the_perplexity_of_what_was_learned_before(store):
+    plain, mixed = run(store), run(store, *VARIANTS["mixture"])
+    assert mixed["perplexity_ppo"] < 0.75 * plain["perplexity_ppo"]
+
+
+def test_a_reward_model_learns_what_the_labels_say_and_nothing_from_random_ones(store):
+    def accuracy(*sets: str) -> float:
+        return run(store, *sets, stage="reward")["eval_accuracy"]
+
+    random = [accuracy(f"reward.seed={seed}", "reward.flip_labels=0.5") for seed in range(3)]
+    found = accuracy(), accuracy("reward.flip_labels=1.0"), random
+    print("accuracy of honest, flipped and random labels:", found)
+    assert found[0] > 0.75 and found[1] < 0.25 and abs(sum(random) / 3 - 0.5) < 0.05
 
 
 def test_a_second_run_reuses_everything_quickly_and_a_new_kl_builds_only_ppo_and_evaluate(store):

@@ -1,30 +1,17 @@
 """The library API of DeepSpeed-Chat runs as its users know it."""
 
 import argparse
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from rlhf_core.artifacts import ArtifactRef
 from rlhf_core.errors import ConfigError, NonFiniteError
 from rlhf_core.models import load_tokenizer
 from rlhf_core.ppo_trainer import DeepSpeedPPOTrainer
 from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine, PPOArgs, ppo_args
 from rlhf_core.specs import OptimSpec, PPOSpec
-
-
-@pytest.fixture
-def folders(tiny_root) -> dict[str, str]:
-    refs = {k: ArtifactRef.model_validate(v) for k, v in json.loads((tiny_root / "refs.json").read_text()).items()}
-    store = tiny_root / "store"
-    return {
-        "tokenizer": str(store / refs["data"].id / "tokenizer"),
-        "actor": str(store / refs["sft"].id / "model"),
-        "critic": str(store / refs["reward"].id / "model"),
-    }
 
 
 def prompts(batch: int = 8) -> dict[str, torch.Tensor]:

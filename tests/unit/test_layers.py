@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TRAINING = {"torch", "deepspeed", "transformers", "datasets"}
 CONTRACT = (
-    "errors canonical specs resources config artifacts store sources job plan launch guard doctor context gold card "
+    "errors canonical specs resources config artifacts store sources job plan launch guard doctor context gold card tensorboard "
     "reward_sources eval.request eval.pairs eval.peak"
 ).split()
 

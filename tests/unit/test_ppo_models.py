@@ -1,13 +1,11 @@
 """PPO's models in their variants: LoRA with shared weights, no critic, other tokenizers, EMA, the mixture loss."""
 
-import json
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
-from rlhf_core.artifacts import ArtifactRef
 from rlhf_core.errors import ConfigError
 from rlhf_core.export import save_value_model
 from rlhf_core.lora import WithoutAdapters
@@ -21,17 +19,6 @@ from rlhf_core.specs import EMASpec, LoRASpec, ModelReward, ModelSpec, OptimSpec
 OPTIM = OptimSpec(lr=1e-2, schedule="constant")
 FAST = {"actor_optim": OPTIM, "critic_optim": OPTIM, "max_response_tokens": 6}
 LORA = LoRASpec(rank=4, alpha=8.0)
-
-
-@pytest.fixture
-def folders(tiny_root) -> dict[str, str]:
-    refs = {k: ArtifactRef.model_validate(v) for k, v in json.loads((tiny_root / "refs.json").read_text()).items()}
-    store = tiny_root / "store"
-    return {
-        "tokenizer": str(store / refs["data"].id / "tokenizer"),
-        "actor": str(store / refs["sft"].id / "model"),
-        "critic": str(store / refs["reward"].id / "model"),
-    }
 
 
 def trainer_of(folders, spec: PPOSpec, critic: str | None = "critic", **resources) -> DeepSpeedPPOTrainer:

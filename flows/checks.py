@@ -65,6 +65,8 @@ def check_machine(config: PipelineConfig, stages: Iterable[StageName]) -> None:
         except ValidationError as error:
             raise ConfigError(f"resources.stages.{stage}: {error.errors()[0]['msg']}") from None
         _check_devices(config, stage, resources)
+        if stage == "ppo":
+            _check_shared(config, resources)
         if resources.nvme_path and not os.access(Path(resources.nvme_path).expanduser(), os.W_OK):
             raise ConfigError(
                 f"resources.nvme_path: {resources.nvme_path!r} is not a folder this process may write to; make it"
@@ -74,6 +76,17 @@ def check_machine(config: PipelineConfig, stages: Iterable[StageName]) -> None:
             raise ConfigError(
                 f"resources.pack_tokens: {resources.pack_tokens} is less than the longest row, data.max_prompt_tokens "
                 f"+ max_response_tokens = {longest}; raise it"
+            )
+
+
+def _check_shared(config: PipelineConfig, resources: Resources) -> None:
+    """ConfigError for memory settings of a model of PPO that is another one seen without its adapters."""
+    ppo = config.ppo
+    for lora, role, owner in ((ppo.actor_lora, "reference", "actor"), (ppo.critic_lora, "reward", "critic")):
+        if lora and not lora.also_train and role in resources.models:
+            raise ConfigError(
+                f"resources.stages.ppo.models.{role}: with ppo.{owner}_lora it is the {owner} without its adapters and lies "
+                f"where the {owner} lies; set models.{owner} instead"
             )
 
 

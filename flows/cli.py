@@ -103,7 +103,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,
     allow_code: AllowCode = False,
 ) -> None:
-    """Run the pipeline: reuse what is published, resume what is half done, build the rest.
+    """Run the pipeline: reuse the stages that have finished, build the others, start again one that was cut off.
 
     Set PREFECT_API_URL to record the run on a Prefect server; without it a temporary one runs as long as the command.
     """
@@ -121,7 +121,7 @@ def run(
         if not nothing_to_do(store, planned):
             run_flow(loaded, forced, only)
     except KeyboardInterrupt:
-        err.print("interrupted; the same command goes on from here")
+        err.print("interrupted; the same command reuses the finished stages and starts this one again")
         raise typer.Exit(INTERRUPTED) from None
     out.print()
     show_results(store, planned)

@@ -16,6 +16,15 @@ from rlhf_core.eval.request import EvalRequest, NamedModel
 from rlhf_core.gold import gold_reward
 from rlhf_core.specs import GoldName
 
+SAMPLING = {  # fields that say how answers are made, and their options
+    "prompts": "--prompt",
+    "raw": "--raw",
+    "greedy": "--greedy",
+    "gold": "--gold",
+    "temperature": "--temperature",
+    "max_new_tokens": "--max-new-tokens",
+    "seed": "--seed",
+}
 ROWS = {"compare": 50, "frontier": 200}  # prompts unless --limit says otherwise
 SNAPSHOT = re.compile(r"snapshots/step-(\d+)/config\.json")
 
@@ -41,17 +50,20 @@ def request_of(targets: list[Target], options: dict[str, Any], *, frontier: bool
         return _frontier(targets, given, reward)
     if len(targets) == 2:
         return _compare(targets, given, reward)
-    return _single(targets[0], given)
+    return _single(targets[0], given, reward)
 
 
-def _single(target: Target, given: dict[str, Any]) -> EvalRequest:
+def _single(target: Target, given: dict[str, Any], reward: Target | None) -> EvalRequest:
     if target.manifest is None:
         raise ConfigError(
             f"{target.text}: has no held-out data of its own; name an artifact, or two models to compare them"
         )
-    for name in ("prompts", "greedy", "gold"):
-        if given.get(name):
-            raise ConfigError(f"--{name}: is for two models side by side; name a second target")
+    unused = [option for name, option in SAMPLING.items() if name in given] + (["--reward"] if reward else [])
+    if unused:
+        raise ConfigError(
+            f"{unused[0]}: is for models that answer prompts, and one target alone answers none; name a second target "
+            "to compare it with, or leave the option out"
+        )
     if target.stage == "reward":
         folder = target.folder or "model"
         path, mode = str(_fetched(target, target.manifest.ref) / folder), "reward"

@@ -2,9 +2,11 @@
 
 Everything runs in micro-batches of this rank's rows. Critic and reward model may read other tokens than the actor: then an
 answer is tokenised anew once for each rollout, scored at its last token, and valued through an alignment by text that never
-shows the critic the token it values. Functions and endpoints see texts without special tokens.
+shows the critic the token it values; what exceeds that model's positions loses its beginning, and is counted. Functions and
+endpoints see texts without special tokens, all of this rank's rollout at once.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from rlhf_core import ppo_math as pm
 from rlhf_core.batches import deal, right_pad
 from rlhf_core.experience import Experience, concatenate
-from rlhf_core.models import check_positions
+from rlhf_core.models import positions_of
 from rlhf_core.ppo_args import PPOArgs
 from rlhf_core.reward_sources import Judge, judge_of
 from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine
@@ -29,8 +31,10 @@ class AnswerScorer:
         parts: sum of each reward source's scores over this rank's rows of the last rollout, before weighting.
     """
 
-    def __init__(self, engine: DeepSpeedRLHFEngine, args: PPOArgs) -> None:
+    def __init__(self, engine: DeepSpeedRLHFEngine, args: PPOArgs, tell: Callable[[], None] = lambda: None) -> None:
+        """`tell` is called after every micro-batch, as a sign of life."""
         self.engine = engine
+        self._tell = tell
         self.spec, self.resources = args.spec, args.resources
         self.tokenizer: Any = engine.tokenizer
         self.vocabulary = len(engine.tokenizer)
@@ -67,9 +71,12 @@ class AnswerScorer:
             support=rollout.support,
         )
         self.parts, self._other_ids = {}, {}
+        if self.engine.retokenizer is not None:
+            self._note("answers_cut", 0.0)
         parts = [self._score_part(whole.rows(torch.tensor(i))) for i in deal(lengths, 0, 1, self.resources.micro_batch)]
         merged = concatenate(parts, self.tokenizer.pad_token_id)
-        return merged.rows(torch.argsort(merged.sample_ids))
+        merged = merged.rows(torch.argsort(merged.sample_ids))
+        return replace(merged, scores=merged.scores + self._outside_scores(merged)) if self._judges else merged
 
     def _score_part(self, rows: Experience) -> Experience:
         sequence = (rows.prompt_ids, rows.prompt_mask, rows.response_ids, rows.response_mask)
@@ -78,11 +85,12 @@ class AnswerScorer:
             self.engine.ref, *sequence, temperature, support, vocabulary=self.vocabulary
         ).logprobs
         values = self.values(rows) if self.engine.critic is not None else rows.values
+        self._tell()
         return replace(
             rows,
             ref_logprobs=pm.select(reference, rows.response_mask),
             values=pm.select(values, rows.response_mask),
-            scores=self._scores(rows),
+            scores=self._model_scores(rows),
         )
 
     def values(self, rows: Experience) -> Tensor:
@@ -101,33 +109,48 @@ class AnswerScorer:
             if name not in self._other_ids:
                 prompt = rows.prompt_ids[row][rows.prompt_mask[row].bool()].tolist()
                 answer = rows.response_ids[row][rows.response_mask[row].bool()].tolist()
-                self._other_ids[name] = retokenizer.convert(prompt, answer), retokenizer.align(prompt, answer)
+                ids, index = retokenizer.convert(prompt, answer), retokenizer.align(prompt, answer)
+                self._other_ids[name] = self._within_positions(ids, index)
         both = [self._other_ids[name] for name in rows.sample_ids.tolist()]
         device, pad = rows.prompt_ids.device, self.engine.reward_tokenizer.pad_token_id
-        check_positions(self.engine.value_config, max(len(ids) for ids, _ in both), 0)
         mask = right_pad([[1] * len(ids) for ids, _ in both], 0, device)
         index = pad_to(right_pad([index for _, index in both], 0, device), rows.response_ids.shape[1], 0)
         return right_pad([ids for ids, _ in both], pad, device), mask, index
 
-    def _scores(self, rows: Experience) -> Tensor:
-        """Weighted sum of all reward sources, `[batch]`; the sums of the parts are kept for the metrics."""
-        total = torch.zeros(len(rows), device=rows.logprobs.device)
-        if self.engine.reward is not None:
-            if self.engine.retokenizer is None:
-                ids = torch.cat([rows.prompt_ids, rows.response_ids], 1)
-                mask = torch.cat([rows.prompt_mask, rows.response_mask], 1)
-            else:
-                ids, mask, _ = self._in_other_tokens(rows)
-            scores = end_scores(self.engine.reward, ids, mask)
-            self._note("score_model", float(scores.sum()))
-            total = total + self._model_weight * scores
-        if self._judges:
-            prompts = self._texts(rows.prompt_ids, rows.prompt_mask)
-            answers = self._texts(rows.response_ids, rows.response_mask)
-            for name, (weight, judge) in self._judges.items():
-                values = torch.tensor(judge(prompts, answers), dtype=total.dtype, device=total.device)
-                self._note(name, float(values.sum()))
-                total = total + weight * values
+    def _within_positions(self, ids: list[int], index: list[int]) -> tuple[list[int], list[int]]:
+        """The end of an answer that is too long for critic and reward model in their tokens, and its alignment."""
+        limit = positions_of(self.engine.value_config)
+        cut = 0 if limit is None else max(0, len(ids) - limit)
+        if cut:
+            self._note("answers_cut", 1.0)
+        return ids[cut:], [max(0, i - cut) for i in index]
+
+    def _model_scores(self, rows: Experience) -> Tensor:
+        """The reward model's weighted scores `[batch]`, 0 without one."""
+        if self.engine.reward is None:
+            return torch.zeros(len(rows), device=rows.logprobs.device)
+        if self.engine.retokenizer is None:
+            ids = torch.cat([rows.prompt_ids, rows.response_ids], 1)
+            mask = torch.cat([rows.prompt_mask, rows.response_mask], 1)
+        else:
+            ids, mask, _ = self._in_other_tokens(rows)
+        scores = end_scores(self.engine.reward, ids, mask)
+        self._note("score_model", float(scores.sum()))
+        limit = self.spec.score_clip
+        if self.spec.rewards is not None and limit is not None:
+            scores = scores.clamp(-limit, limit)
+        return self._model_weight * scores
+
+    def _outside_scores(self, rows: Experience) -> Tensor:
+        """Weighted sum of functions and endpoints, `[batch]`."""
+        total = torch.zeros_like(rows.scores)
+        prompts = self._texts(rows.prompt_ids, rows.prompt_mask)
+        answers = self._texts(rows.response_ids, rows.response_mask)
+        for name, (weight, judge) in self._judges.items():
+            values = torch.tensor(judge(prompts, answers), dtype=total.dtype, device=total.device)
+            self._note(name, float(values.sum()))
+            self._tell()
+            total = total + weight * values
         return total
 
     def _note(self, name: str, value: float) -> None:

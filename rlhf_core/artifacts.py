@@ -9,7 +9,10 @@ artifact exists, and `fetch` verifies again what it takes.
 import fcntl
 import hashlib
 import json
+import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,12 +21,13 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 
 from rlhf_core.canonical import fingerprint
-from rlhf_core.errors import AlreadyExists, IntegrityError
+from rlhf_core.errors import AlreadyExists, ConfigError, IntegrityError
 from rlhf_core.specs import Frozen, StageName
 from rlhf_core.store import Store
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+CHEAP_BYTES = 1 << 20  # files of a cache up to this size are hashed again whenever they are used
 
 
 class ArtifactRef(Frozen):
@@ -169,7 +173,13 @@ def fetch(store: Store, ref: ArtifactRef, cache: Path) -> tuple[Path, Manifest]:
     """A local folder with the artifact's files, verified, and its manifest.
 
     A local store is read in place. Otherwise files go to `cache`, once for all processes of the node: the first to
-    take the lock downloads, the others wait and use the same folder.
+    take the lock downloads, the others wait and use the same folder. That folder belongs to one store and one list of
+    files, so an artifact that was built anew is fetched anew; it appears when all of it is verified, and each use looks
+    at all sizes and at the checksums of small files. What fails that is fetched again.
+
+    Raises:
+        IntegrityError: not published, or what is stored is not what the manifest says.
+        ConfigError: others may write to `cache`.
     """
     manifest = read_manifest(store, ref)
     if manifest is None:
@@ -178,19 +188,58 @@ def fetch(store: Store, ref: ArtifactRef, cache: Path) -> tuple[Path, Manifest]:
     if in_place is not None:
         verify(store, ref, manifest.files)
         return in_place, manifest
-    folder = cache / ref.fingerprint
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f"{ref.fingerprint}.lock").open("w") as lock:
+    private_folder(cache)
+    key = _cache_key(store, manifest)
+    folder = cache / key
+    with (cache / f"{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():
+        if _intact(folder, manifest.files):
             return folder, manifest
-        partial = cache / f"{ref.fingerprint}.part"
+        shutil.rmtree(folder, ignore_errors=True)
+        partial = cache / f"{key}.part"
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
         for entry in manifest.files:
             local = partial / entry.path
             store.download(f"{ref.id}/{entry.path}", local)
             if sha256_file(local) != entry.sha256:
                 raise IntegrityError(f"{store.url}/{ref.id}/{entry.path}: content differs from the manifest's sha256")
-        partial.mkdir(exist_ok=True)
         partial.rename(folder)
     return folder, manifest
+
+
+def job_cache() -> Path:
+    """Where the jobs of this user keep what they fetched, on the node's own disk."""
+    return Path(tempfile.gettempdir()) / f"rlhf-cache-{os.getuid()}"
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder that only this user may enter; ConfigError if somebody else made it or may have written to it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ConfigError(
+            f"{folder}: others may have written to this cache of artifacts (owner {found.st_uid}, mode "
+            f"{stat.filemode(found.st_mode)}); it must be a folder of user {os.getuid()} that no one else may write to: "
+            "remove it"
+        )
+    if found.st_mode & 0o077:
+        folder.chmod(0o700)
+
+
+def _cache_key(store: Store, manifest: Manifest) -> str:
+    """The name of an artifact's folder in a cache: of its fingerprint, its store and its files."""
+    files = [entry.model_dump() for entry in manifest.files]
+    return f"{manifest.ref.fingerprint[:12]}-{fingerprint({'store': store.url, 'files': files})[:32]}"
+
+
+def _intact(folder: Path, files: Iterable[FileEntry]) -> bool:
+    """Whether a fetched folder still has every file in its size, and the small ones with their content."""
+    try:
+        return folder.is_dir() and all(
+            (local := folder / entry.path).stat().st_size == entry.size
+            and (entry.size > CHEAP_BYTES or sha256_file(local) == entry.sha256)
+            for entry in files
+        )
+    except OSError:
+        return False

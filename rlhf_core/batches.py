@@ -21,20 +21,55 @@ Row = dict[str, Any]
 
 
 def open_rows(path: Path) -> Dataset:
-    """A split of the data artifact, memory-mapped. DataError if the data stage left none."""
+    """A split of the data artifact (`<share>/<split>`), memory-mapped.
+
+    Raises:
+        DataError: the share is 0, or the split holds no row.
+    """
+    share = f"data.shares.{path.parent.name}"
     if not path.exists():
-        raise DataError(f"data.shares.{path.parent.name}: is 0, so there is no data for it; give it a share")
-    data = load_from_disk(str(path))
+        raise DataError(f"{share}: is 0, so there is no data for it; give it a share")
+    data: Any = load_from_disk(str(path)) if any(path.glob("*.arrow")) else ()  # datasets cannot open what has no file
+    if not len(data):
+        remedy = (
+            "no row of it is held out; raise data.shares.test"
+            if path.name == "test"
+            else "every row of it was dropped or held out; relax the limits of data, lower data.shares.test"
+        )
+        raise DataError(f"{share}: {remedy} or give more data")
     assert isinstance(data, Dataset)
     return data
 
 
+def row_lengths(rows: Dataset, *columns: str) -> np.ndarray:
+    """Tokens of each row, its lists in `columns` together, without reading the lists: `[rows]`.
+
+    Args:
+        rows: a whole split as `open_rows` gives it, not a selection.
+        columns: names of columns of lists.
+    """
+    assert rows._indices is None, "a selection's table holds the rows that were not selected too"
+    return sum(
+        (compute.list_value_length(rows.data.column(column)).to_numpy() for column in columns),  # pyright: ignore
+        start=np.zeros(len(rows), dtype=np.int64),
+    )
+
+
 def longest(rows: Dataset, *columns: str) -> int:
-    """Tokens of the longest row, its lists in `columns` together, without reading the lists; 0 without rows."""
-    lengths: Any = 0
-    for column in columns:
-        lengths = compute.add(lengths, compute.list_value_length(rows.data.column(column)))  # pyright: ignore
-    return int(compute.max(lengths).as_py() or 0)  # pyright: ignore[reportAttributeAccessIssue]
+    """Tokens of the longest row, its lists in `columns` together."""
+    return int(row_lengths(rows, *columns).max())
+
+
+def some_rows(rows: int, most: int, seed: int) -> np.ndarray:
+    """Numbers of up to `most` of `rows` rows, in order: all, or a seeded sample, in which every source has its share."""
+    return np.sort(epoch_order(rows, seed, 0)[:most])
+
+
+def sources_of(rows: Dataset) -> list[str]:
+    """The source of each row, "" where it has none."""
+    if "source" not in rows.column_names:
+        return [""] * len(rows)
+    return [str(source or "") for source in rows.data.column("source").to_pylist()]
 
 
 def total_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None, stage: str) -> int:
@@ -80,23 +115,30 @@ def deal_packed(lengths: Sequence[int], rank: int, world: int, micro_batch: int,
 def pack(lengths: Sequence[int], order: Sequence[int], tokens: int) -> list[list[int]]:
     """Join rows to rows of up to `tokens` tokens: each to the first that has room (first fit), in the order given.
 
+    The first with room is found in a tree of the rows' room, in time that grows as n log n.
+
     DataError if one row alone is longer.
     """
+    size = 1 << max(len(order) - 1, 0).bit_length()
+    room = [tokens] * (2 * size)  # a tree: leaf `size + i` is the room of packed row i, a node the most below it
     packed: list[list[int]] = []
-    room: list[int] = []
     for index in order:
-        if lengths[index] > tokens:
+        length = lengths[index]
+        if length > tokens:
             raise DataError(
-                f"resources.pack_tokens {tokens} is less than a row of {lengths[index]} tokens; raise it, or lower "
+                f"resources.pack_tokens {tokens} is less than a row of {length} tokens; raise it, or lower "
                 "data.max_prompt_tokens or data.max_response_tokens"
             )
-        place = next((i for i, free in enumerate(room) if lengths[index] <= free), None)
-        if place is None:
+        node = 1
+        while node < size:
+            node = 2 * node + (room[2 * node] < length)
+        if node - size == len(packed):
             packed.append([])
-            room.append(tokens)
-            place = len(packed) - 1
-        packed[place].append(index)
-        room[place] -= lengths[index]
+        packed[node - size].append(index)
+        room[node] -= length
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
     return packed
 
 

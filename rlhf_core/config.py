@@ -66,14 +66,41 @@ class PipelineConfig(Frozen):
 
     @model_validator(mode="after")
     def _fits_positions(self) -> Self:
-        answers = max(self.data.max_response_tokens, self.ppo.max_response_tokens or 0)
-        longest = self.data.max_prompt_tokens + answers
-        if self.model.family and longest > self.model.positions:
-            raise ValueError(
-                f"data.max_prompt_tokens {self.data.max_prompt_tokens} + max_response_tokens {answers} = {longest} "
-                f"exceeds model.positions {self.model.positions}; shorten one or raise model.positions"
-            )
+        answers = {"data": self.data.max_response_tokens, "evaluate": self.evaluate.max_response_tokens or 0}
+        if self.method == "ppo":
+            answers["ppo"] = self.ppo.max_response_tokens or 0
+        stage = max(answers, key=lambda name: answers[name])
+        longest = self.data.max_prompt_tokens + answers[stage]
+        models = {"model": self.model}
+        # With a tokenizer of its own a reward model reads other numbers of tokens; the job counts those.
+        if self._trains_reward and self.reward.model and not (self.reward.tokenizer and self.reward.tokenizer.path):
+            models["reward.model"] = self.reward.model
+        for field, model in models.items():
+            if model.family and longest > model.positions:
+                raise ValueError(
+                    f"data.max_prompt_tokens {self.data.max_prompt_tokens} + {stage}.max_response_tokens {answers[stage]} "
+                    f"= {longest} exceeds {field}.positions {model.positions}; shorten one or raise {field}.positions"
+                )
         return self
+
+    @model_validator(mode="after")
+    def _shares_are_read(self) -> Self:
+        readers = {"sft": "the sft stage", "ppo": "the evaluate stage" if self.method == "dpo" else "the ppo stage"}
+        if self.method == "dpo":
+            readers["reward"] = "the dpo stage"
+        elif self._trains_reward:
+            readers["reward"] = "the reward stage"
+        for share, reader in readers.items():
+            if getattr(self.data.shares, share) == 0:
+                raise ValueError(
+                    f"data.shares.{share} is 0, but {reader} of this pipeline reads that share; make it greater than 0"
+                )
+        return self
+
+    @property
+    def _trains_reward(self) -> bool:
+        """Whether the pipeline has a reward stage."""
+        return self.method == "ppo" and self.ppo.uses_reward_model
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> PipelineConfig:

@@ -6,13 +6,12 @@ imports torch, so that the data stage starts fast.
 
 import json
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.artifacts import Manifest, fetch
+from rlhf_core.artifacts import Manifest, fetch, job_cache
 from rlhf_core.job import JobSpec, progress_line
 from rlhf_core.store import Store
 
@@ -57,8 +56,7 @@ class JobContext:
 
     def _fetch(self, name: str) -> tuple[Path, Manifest]:
         if name not in self._fetched:
-            cache = Path(tempfile.gettempdir()) / "rlhf-cache"
-            self._fetched[name] = fetch(self.store, self.job.inputs[name], cache)
+            self._fetched[name] = fetch(self.store, self.job.inputs[name], job_cache())
         return self._fetched[name]
 
     def progress(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_core.batches import Row, epoch_order, longest, right_pad
+from rlhf_core.batches import Row, epoch_order, longest, right_pad, sources_of
 from rlhf_core.context import JobContext
 from rlhf_core.distributed import sum_over_ranks
 from rlhf_core.engine import check_finite, grad_norm, set_lr, zero_init
@@ -22,9 +22,9 @@ from rlhf_core.models import check_positions, load_causal_lm
 from rlhf_core.rollout import left_pad
 from rlhf_core.scoring import response_scores
 from rlhf_core.specs import DPOSpec
-from rlhf_core.trainer import Trainer, accuracy_metrics
+from rlhf_core.trainer import Trainer, accuracy_metrics, pair_length
 
-REFERENCE_ROWS = 1024  # rows in memory while the reference's numbers are computed
+REFERENCE_ROWS = 1024  # rows dealt at once while the reference's numbers are computed
 
 
 class DPOTrainer(Trainer[DPOSpec]):
@@ -62,8 +62,7 @@ class DPOTrainer(Trainer[DPOSpec]):
         found = np.full((len(rows), 2), np.nan)
         for first in range(0, len(used), REFERENCE_ROWS):
             numbers = used[first : first + REFERENCE_ROWS]
-            read = rows.select(numbers).to_list()
-            found[numbers] = self.score_pairs(read, "reference", self._logprobs, first, len(used))
+            found[numbers] = self.score_pairs(rows, "reference", self._logprobs, numbers, first, len(used))
         return found
 
     def step(self, step: int) -> dict[str, float]:
@@ -74,7 +73,7 @@ class DPOTrainer(Trainer[DPOSpec]):
         reference = torch.tensor(self.train_reference[indices], dtype=torch.float32, device=self.ranks.device)
         lr = set_lr(self.engine, step, spec.optim, self.steps)
         sums = np.zeros(6)
-        for part in self.deal_pairs(rows):
+        for part in self.deal_pairs([pair_length(row) for row in rows]):
             logprobs = torch.stack(self._logprobs([rows[i] for i in part]), 1)
             ratios = logprobs - reference[part]
             loss = dpo_loss(ratios[:, 0], ratios[:, 1], spec.beta, spec.loss, spec.label_smoothing).sum()
@@ -123,16 +122,13 @@ class DPOTrainer(Trainer[DPOSpec]):
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Accuracy with interval, loss and implicit rewards on the held-out pairs."""
-        rows: list[Row] = self.test_rows.to_list()
-        if not rows:
-            return {}
-        ratios = torch.tensor(self.score_pairs(rows, "evaluate", self._logprobs) - self.test_reference)
+        ratios = torch.tensor(self.score_pairs(self.test_rows, "evaluate", self._logprobs) - self.test_reference)
         loss = dpo_loss(ratios[:, 0], ratios[:, 1], self.spec.beta, self.spec.loss, self.spec.label_smoothing)
         metrics = {
-            **accuracy_metrics((ratios[:, 0] > ratios[:, 1]).numpy(), rows),
+            **accuracy_metrics((ratios[:, 0] > ratios[:, 1]).numpy(), sources_of(self.test_rows)),
             "loss": loss.mean().item(),
             **self._rewards(*ratios.mean(0).tolist()),
-            "pairs": float(len(rows)),
+            "pairs": float(len(ratios)),
         }
         self.context.log("eval", step, metrics)
         return metrics

@@ -21,7 +21,8 @@ class EMA:
 
     def __init__(self, engine: Any, decay: float) -> None:
         self.decay = decay
-        self._weights = [_held(p) for p in engine.module.parameters() if p.requires_grad]
+        self._parameters = [p for p in engine.module.parameters() if p.requires_grad]
+        self._weights = [_held(p) for p in self._parameters]
         self.average = [w.detach().float().clone() for w in self._weights]
 
     def restart(self) -> None:
@@ -39,6 +40,7 @@ class EMA:
     def in_place(self) -> Iterator[None]:
         """The model has the averaged weights for as long as this lasts, then its own again, bit for bit."""
         own = [w.detach().clone() for w in self._weights]
+        self._divide()
         try:
             with torch.no_grad():
                 for weight, average in zip(self._weights, self.average, strict=True):
@@ -48,6 +50,13 @@ class EMA:
             with torch.no_grad():
                 for weight, kept in zip(self._weights, own, strict=True):
                     weight.copy_(kept)
+            self._divide()
+
+    def _divide(self) -> None:
+        """At ZeRO-3, drop whole copies of small weights that DeepSpeed keeps: they do not follow their parts."""
+        for parameter in self._parameters:
+            if hasattr(parameter, "ds_tensor"):
+                parameter.partition()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _held(parameter: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
 """The evaluate stage: base, SFT and PPO or DPO models answer held-out prompts; reward model, gold and KL judge the answers.
 
-Every model answers the first N prompts of the PPO test set once, with the same noise. Prompts are cut into batches by
-length before they are dealt to ranks, so a batch is computed alike whoever computes it and the numbers do not depend on
-the number of processes. One model at a time is in memory, whole on every rank (nothing is partitioned); SFT comes last
-because it also measures the others' KL. The base model takes part only if it is pretrained, the average of PPO's actor
-(`ppo_ema`) only if there is one, the reward model only if the pipeline has one. Rank 0 writes evaluation.json,
-samples.jsonl, report.html and plots/.
+Every model answers N prompts of the PPO test set once, with the same noise; where there are more, a seeded sample of them,
+so that every source is represented. Prompts are cut into batches by length before they are dealt to ranks, so a batch is
+computed alike whoever computes it and the numbers do not depend on the number of processes. One model at a time is in
+memory, in fp32: whole on every rank, or with resources.zero_stage 3 divided among them, who then run the same number of
+forward passes. SFT comes last because it also measures the others' KL. The base model takes part only if it is
+pretrained, the average of PPO's actor (`ppo_ema`) only if there is one, the reward model only if the pipeline has one.
+Rank 0 writes evaluation.json, samples.jsonl, report.html and plots/.
 """
 
+import gc
 import json
 import math
 import time
@@ -17,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_from_disk
 
 from rlhf_core import gold
+from rlhf_core.batches import Row, open_rows, some_rows
 from rlhf_core.comparison import MODELS, Answer, TokenLoss, aligned_of, evaluation_of, flat_metrics, sample_rows
 from rlhf_core.context import JobContext
 from rlhf_core.distributed import gather, start
-from rlhf_core.errors import DataError, NonFiniteError
-from rlhf_core.measure import RewardScorer, by_length, divergence, sample, token_losses
-from rlhf_core.models import base_model, load_causal_lm, load_tokenizer
+from rlhf_core.engine import frozen_engine, zero_init
+from rlhf_core.errors import NonFiniteError
+from rlhf_core.measure import RewardScorer, by_length, deal_batches, divergence, sample, token_losses
+from rlhf_core.models import ValueModel, base_model, load_causal_lm, load_tokenizer
 from rlhf_core.plots import label
 from rlhf_core.report import write_report
 from rlhf_core.rollout import Rollout, Sampling, noise_seed
@@ -45,17 +48,32 @@ class Evaluator:
         self.ranks = start(context.seed)
         data = context.input("data")
         self.tokenizer = load_tokenizer(data / "tokenizer")
-        self.prompts = first_rows(data / "ppo" / "test", self.spec.prompts)
-        if not self.prompts:
-            raise DataError("data.shares: no prompt is held out for evaluation; raise ppo, test, or give more data")
+        self.zero_init = zero_init(self.resources, "fp32")
+        self.prompts = held_out_rows(data / "ppo" / "test", self.spec.prompts, context.seed)
         self.batches = self._mine([len(row["prompt_ids"]) for row in self.prompts], self.resources.rollout_micro_batch)
-        self.held_out = first_rows(data / "sft" / "test", HELD_OUT_ROWS if self.spec.perplexity else 0)
+        self.held_out: list[Row] = []
+        if self.spec.perplexity:
+            self.held_out = held_out_rows(data / "sft" / "test", HELD_OUT_ROWS, context.seed)
         assert self.spec.max_response_tokens is not None, "the plan fills it in"
         self.sampling = Sampling(self.spec.max_response_tokens, self.spec.temperature, vocabulary=len(self.tokenizer))
 
     def _mine(self, lengths: Sequence[int], size: int) -> list[list[int]]:
-        """This rank's batches of row numbers."""
-        return by_length(lengths, size)[self.ranks.rank :: self.ranks.world]
+        """This rank's batches of row numbers; at ZeRO-3 as many on every rank."""
+        return deal_batches(by_length(lengths, size), self.ranks.rank, self.ranks.world, self.zero_init is not None)
+
+    @property
+    def _passes(self) -> int | None:
+        """At ZeRO-3: forward passes over a batch of answers on every rank."""
+        if self.zero_init is None:
+            return None
+        largest = min(len(self.prompts), self.resources.rollout_micro_batch)
+        return math.ceil(largest / self.resources.micro_batch)
+
+    def placed(self, model: Any) -> Any:
+        """A model that only scores, whole on this rank's device, or divided as it was loaded (`zero_init`)."""
+        if self.zero_init is None:
+            return model.to(self.ranks.device).eval()
+        return frozen_engine(model, self.resources, "fp32").module
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
@@ -65,7 +83,7 @@ class Evaluator:
         kl: dict[str, list[list[float]]] = {}
         losses: dict[str, dict[int, TokenLoss]] = {}
         for name, load in self._loaders().items():
-            model: Any = load().to(self.ranks.device).eval()
+            model = self.placed(load())
             sampling_began = time.monotonic()
             rollouts[name] = self.sample(name, model)
             sampling_seconds += time.monotonic() - sampling_began
@@ -73,6 +91,7 @@ class Evaluator:
             if name == "sft":
                 kl = {other: self.divergence(other, parts, model) for other, parts in rollouts.items()}
             del model
+            gc.collect()  # an engine is a cycle of references, which would keep its weights
         mine = self.judge(rollouts, kl)
         answers, token_losses = self._in_order(mine), self._in_order(losses)
         check_numbers(answers)
@@ -94,10 +113,10 @@ class Evaluator:
         context, spec = self.context, self.context.job.model
         loaders: dict[str, Callable[[], Any]] = {}
         if spec is not None and spec.path is not None:
-            loaders["base"] = lambda: base_model(spec, self.tokenizer, context.seed)
+            loaders["base"] = lambda: base_model(spec, self.tokenizer, context.seed, zero_init=self.zero_init)
         for name, folder in self._aligned().items():
-            loaders[name] = partial(load_causal_lm, str(folder))
-        loaders["sft"] = lambda: load_causal_lm(str(context.input("sft") / "model"))
+            loaders[name] = partial(load_causal_lm, str(folder), zero_init=self.zero_init)
+        loaders["sft"] = partial(load_causal_lm, str(context.input("sft") / "model"), zero_init=self.zero_init)
         return loaders
 
     def _aligned(self) -> dict[str, Path]:
@@ -116,8 +135,9 @@ class Evaluator:
     def sample(self, name: str, model: Any) -> list[Rollout]:
         """One answer to each prompt of this rank, a rollout a batch."""
         prompts = [row["prompt_ids"] for row in self.prompts]
-        seed = noise_seed(self.context.seed, "evaluate")
-        return sample(model, self.tokenizer, prompts, self.batches, self.sampling, seed, self._tell(f"sample {name}"))
+        seed, tell = noise_seed(self.context.seed, "evaluate"), self._tell(f"sample {name}")
+        lock_step = self.zero_init is not None
+        return sample(model, self.tokenizer, prompts, self.batches, self.sampling, seed, tell, lock_step)
 
     def held_out_losses(self, name: str, model: Any) -> dict[int, TokenLoss]:
         """-log p of the held-out SFT responses of this rank, by row."""
@@ -130,7 +150,8 @@ class Evaluator:
         """log p(answer | model) - log p(answer | sft) of each answer, nats, a list a batch; 0 for SFT itself."""
         if name == "sft":
             return [[0.0] * len(r.response_ids) for r in rollouts]
-        return divergence(sft, rollouts, self.sampling, self.resources.micro_batch, self._tell(f"KL {name}"))
+        tell = self._tell(f"KL {name}")
+        return divergence(sft, rollouts, self.sampling, self.resources.micro_batch, tell, self._passes)
 
     def judge(
         self, rollouts: dict[str, list[Rollout]], kl: dict[str, list[list[float]]]
@@ -139,13 +160,14 @@ class Evaluator:
         reward = None
         if "reward" in self.context.job.inputs:
             folder = self.context.input("reward") / "model"
-            reward = RewardScorer(folder, self.tokenizer, self.ranks.device, self.resources.micro_batch)
+            model = self.placed(ValueModel.load(folder, zero_init=self.zero_init))
+            reward = RewardScorer(folder, self.tokenizer, self.ranks.device, self.resources.micro_batch, model)
         answers: dict[str, dict[int, Answer]] = {name: {} for name in rollouts}
         for name, parts in rollouts.items():
             for done, (rows, rollout, nats) in enumerate(zip(self.batches, parts, kl[name], strict=True)):
-                scores = reward.scores(rollout) if reward else [None] * len(rows)
-                judged = self._answers(rows, rollout, scores, nats)
-                answers[name].update(zip(rows, judged, strict=True))
+                scores = reward.scores(rollout, self._passes) if reward else [None] * len(rows)
+                if rows:
+                    answers[name].update(zip(rows, self._answers(rows, rollout, scores, nats), strict=True))
                 self.context.progress(done + 1, len(parts), f"judge {name}", unit="batch")
         return answers
 
@@ -199,11 +221,10 @@ def check_numbers(answers: Mapping[str, Sequence[Answer]]) -> None:
             )
 
 
-def first_rows(folder: Path, most: int) -> list[dict[str, Any]]:
-    """The first rows of a data set, in its order."""
-    data = load_from_disk(str(folder))
-    assert isinstance(data, Dataset)
-    return data.select(range(min(most, len(data)))).to_list()
+def held_out_rows(folder: Path, most: int, seed: int) -> list[Row]:
+    """Up to `most` rows of a split, in its order: all, or a seeded sample. DataError if there are none."""
+    rows = open_rows(folder)
+    return rows.select(some_rows(len(rows), most, seed)).to_list()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

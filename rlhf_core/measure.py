@@ -4,6 +4,9 @@ Shared by the evaluate stage, which deals batches to ranks, and by `rlhf eval`, 
 into batches by length, so a batch is computed alike whoever computes it. Noise is named by the prompt's number: models
 answer with the same noise, which pairs them. Tokens that the tokenizer does not have are never sampled. The reward
 model may read another tokenizer's tokens than the answers are made of; they are then converted at the boundary.
+
+Where a model is divided among ranks (ZeRO-3), every forward pass is collective: batches then come in equal numbers on all
+ranks, some of them empty, and an empty batch runs the first row and drops what comes out (`deal_batches`, `passes`).
 """
 
 import math
@@ -15,10 +18,10 @@ import torch
 
 from rlhf_core.batches import right_pad
 from rlhf_core.comparison import TokenLoss
-from rlhf_core.models import ValueModel, check_positions, forward_inputs, load_tokenizer
+from rlhf_core.models import ValueModel, check_positions, load_tokenizer, positions_of
 from rlhf_core.retokenize import Retokenizer
 from rlhf_core.rollout import Rollout, Sampling, generate
-from rlhf_core.scoring import end_scores, response_scores, target_logprobs
+from rlhf_core.scoring import end_scores, label_nats, response_scores
 
 OnBatch = Callable[[int, int], None]  # batches done, batches in all
 
@@ -33,6 +36,14 @@ def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
+def deal_batches(batches: Sequence[list[int]], rank: int, world: int, lock_step: bool = False) -> list[list[int]]:
+    """This rank's batches; with `lock_step` as many on every rank, some perhaps empty."""
+    mine = list(batches[rank::world])
+    if lock_step:
+        mine += [[] for _ in range(len(batches[::world]) - len(mine))]
+    return mine
+
+
 def sample(
     model: Any,
     tokenizer: Any,
@@ -41,8 +52,11 @@ def sample(
     sampling: Sampling,
     seed: int,
     on_batch: OnBatch = _ignore,
+    lock_step: bool = False,
 ) -> list[Rollout]:
     """One answer to each prompt, a rollout a batch; the noise is named by the prompt's number.
+
+    The rollout of an empty batch has one row that means nothing.
 
     Args:
         model: a causal language model in eval mode.
@@ -52,10 +66,12 @@ def sample(
         sampling: temperature, filters, longest answer.
         seed: of the noise.
         on_batch: told after each batch.
+        lock_step: ranks decode the same number of positions, see `rollout.generate`.
     """
     check_positions(model.config, max(len(p) for p in prompts), sampling.max_new_tokens)
     rollouts: list[Rollout] = []
-    for done, rows in enumerate(batches):
+    for done, batch in enumerate(batches):
+        rows = batch or [0]
         rollout = generate(
             model,
             [prompts[i] for i in rows],
@@ -65,6 +81,7 @@ def sample(
             eos=tokenizer.eos_token_id,
             pad=tokenizer.pad_token_id,
             batch_size=len(rows),
+            lock_step=lock_step,
         )
         rollouts.append(rollout)
         on_batch(done + 1, len(batches))
@@ -90,15 +107,13 @@ def token_losses(
     device = next(model.parameters()).device
     found: dict[int, TokenLoss] = {}
     for done, batch in enumerate(batches):
-        texts = [rows[i]["input_ids"] for i in batch]
-        ids = right_pad(texts, pad, device)
-        mask = right_pad([[1] * len(text) for text in texts], 0, device)
-        labelled = right_pad([rows[i]["loss_mask"] for i in batch], 0, device)[:, 1:].bool()
-        logits = model(**forward_inputs(model, ids, mask), use_cache=False).logits[:, :-1]
-        loss = torch.zeros(labelled.shape, device=device)
-        loss[labelled] = -target_logprobs(logits[labelled], ids[:, 1:][labelled])
-        sums, counts = loss.double().sum(1).tolist(), labelled.sum(1).tolist()
-        found.update({i: TokenLoss(s, n) for i, s, n in zip(batch, sums, counts, strict=True) if n})
+        read = [rows[i] for i in batch or [0]]
+        ids = right_pad([row["input_ids"] for row in read], pad, device)
+        mask = right_pad([[1] * len(row["input_ids"]) for row in read], 0, device)
+        nats, place = label_nats(model, ids, mask, right_pad([row["loss_mask"] for row in read], 0, device))
+        counts = place.bincount(minlength=len(read)).tolist()
+        sums = [own.double().sum().item() for own in nats.split(counts)]
+        found.update({i: TokenLoss(s, n) for i, s, n in zip(batch, sums, counts, strict=False) if n})
         on_batch(done + 1, len(batches))
     return found
 
@@ -109,6 +124,7 @@ def divergence(
     sampling: Sampling,
     micro_batch: int,
     on_batch: OnBatch = _ignore,
+    passes: int | None = None,
 ) -> list[list[float]]:
     """log p(answer | its model) - log p(answer | reference) of each answer, nats, a list a rollout.
 
@@ -118,28 +134,31 @@ def divergence(
         sampling: as they were sampled, without top-k and top-p.
         micro_batch: answers a forward pass.
         on_batch: told after each rollout.
+        passes: forward passes a rollout; default: as many as it needs.
     """
     found: list[list[float]] = []
     for done, rollout in enumerate(rollouts):
         own: list[float] = []
-        for part in micro_batches(rollout, micro_batch):
+        for part in micro_batches(rollout, micro_batch, passes):
             sequence = (part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask)
             scores = response_scores(
                 reference, *sequence, sampling.temperature, support=part.support, vocabulary=sampling.vocabulary
             )
             difference = torch.where(part.response_mask.bool(), part.logprobs - scores.logprobs, 0.0)
             own += difference.double().sum(1).tolist()
-        found.append(own)
+        found.append(own[: len(rollout.response_ids)])
         on_batch(done + 1, len(rollouts))
     return found
 
 
-def micro_batches(rollout: Rollout, size: int) -> list[Rollout]:
-    """The rollout in rows of `size`, for forward passes over whole answers."""
+def micro_batches(rollout: Rollout, size: int, passes: int | None = None) -> list[Rollout]:
+    """The rollout in rows of `size`, for forward passes over whole answers; filled up to `passes` with its first row."""
     names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "logprobs", "entropy", "support")
     columns = {name: getattr(rollout, name) for name in names if getattr(rollout, name) is not None}
     count = len(rollout.response_ids)
-    return [Rollout(**{k: v[i : i + size] for k, v in columns.items()}) for i in range(0, count, size)]
+    spans = [slice(i, i + size) for i in range(0, count, size)]
+    spans += [slice(0, 1)] * ((passes or 0) - len(spans))
+    return [Rollout(**{k: v[rows] for k, v in columns.items()}) for rows in spans]
 
 
 class RewardScorer:
@@ -149,7 +168,7 @@ class RewardScorer:
         mean, std: of the score on training pairs; scores are normalised by them.
     """
 
-    def __init__(self, folder: Path, tokenizer: Any, device: torch.device, micro_batch: int) -> None:
+    def __init__(self, folder: Path, tokenizer: Any, device: torch.device, micro_batch: int, model: Any = None) -> None:
         """Load the model.
 
         Args:
@@ -157,17 +176,18 @@ class RewardScorer:
             tokenizer: of the answers.
             device: where it runs.
             micro_batch: answers a forward pass.
+            model: the folder's, where it is loaded already and in its place.
         """
-        self.model = ValueModel.load(folder).normalize(True).to(device).eval()
+        self.model = (ValueModel.load(folder).to(device).eval() if model is None else model).normalize(True)
         self.mean, self.std = self.model.shift, self.model.scale
         self.own = load_tokenizer(folder)
         self.convert = Retokenizer(tokenizer, self.own)
         self.device, self.micro_batch = device, micro_batch
 
-    def scores(self, rollout: Rollout) -> list[float]:
-        """Score of each answer at its last token."""
+    def scores(self, rollout: Rollout, passes: int | None = None) -> list[float]:
+        """Score of each answer at its last token, in `passes` forward passes if given."""
         found: list[float] = []
-        for part in micro_batches(rollout, self.micro_batch):
+        for part in micro_batches(rollout, self.micro_batch, passes):
             if self.convert.same:
                 ids = torch.cat([part.prompt_ids, part.response_ids], 1)
                 mask = torch.cat([part.prompt_mask, part.response_mask], 1)
@@ -175,14 +195,18 @@ class RewardScorer:
             else:
                 prompts = [row[m.bool()].tolist() for row, m in zip(part.prompt_ids, part.prompt_mask, strict=True)]
                 found += self.score_rows(list(zip(prompts, part.responses(), strict=True)))
-        return found
+        return found[: len(rollout.response_ids)]
 
     def score_rows(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
-        """Score of each (prompt, response), token ids without padding, in one forward pass."""
+        """Score of each (prompt, response), token ids without padding, in one forward pass.
+
+        In other tokens than the answers were made of, a text may exceed the model's positions: it then loses its beginning.
+        """
         if self.convert.same:
             texts = [[*prompt, *response] for prompt, response in rows]
         else:
-            texts = [self.convert.convert(prompt, response) for prompt, response in rows]
+            limit = positions_of(self.model.config) or 0
+            texts = [self.convert.convert(prompt, response)[-limit:] for prompt, response in rows]
         check_positions(self.model.config, max(len(text) for text in texts), 0)
         mask = right_pad([[1] * len(text) for text in texts], 0, self.device)
         return end_scores(self.model, right_pad(texts, self.own.pad_token_id, self.device), mask).tolist()

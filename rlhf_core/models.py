@@ -109,9 +109,9 @@ def positions_of(config: Any) -> int | None:
     return None
 
 
-def check_positions(config: Any, prompt: int, response: int) -> None:
+def check_positions(config: Any, prompt: int, response: int, whose: str = "the model") -> None:
     """ConfigError if the longest prompt and response do not fit the model."""
-    require_positions(positions_of(config), prompt, response, "the model")
+    require_positions(positions_of(config), prompt, response, whose)
 
 
 @lru_cache

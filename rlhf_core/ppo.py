@@ -8,6 +8,7 @@ snapshots of it on the way. Pretraining text for the mixture loss is a stream of
 
 import json
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from datasets import Dataset
 
 from rlhf_core.batches import Row, open_rows, step_rows
 from rlhf_core.context import JobContext
-from rlhf_core.errors import DataError
 from rlhf_core.experience import Experience
 from rlhf_core.lora import trained
 from rlhf_core.models import load_tokenizer
@@ -36,8 +36,6 @@ class PPOStage:
         data = context.input("data")
         tokenizer = load_tokenizer(data / "tokenizer")
         self.rows = open_rows(data / "ppo" / "train")
-        if not len(self.rows):
-            raise DataError("data.shares.ppo: no prompt is left for PPO; raise the share or give more data")
         args = PPOArgs(self.spec, context.job.resources, context.seed)
         self.engine = DeepSpeedRLHFEngine(
             actor_model_name_or_path=str(context.input("sft") / "model"),
@@ -50,6 +48,7 @@ class PPOStage:
         )
         self.trainer = DeepSpeedPPOTrainer(engine=self.engine, args=args)
         self.trained = trained(self.engine.actor.module)
+        self.shown: dict[str, float] = {}
         self.texts = self._pretraining_rows() if self.spec.ptx else None
 
     def _pretraining_rows(self) -> Dataset:
@@ -62,12 +61,13 @@ class PPOStage:
         began = time.monotonic()
         tokens, history = 0.0, []
         for step in range(self.spec.steps):
+            self.trainer.on_life = partial(self._tell, step)
             metrics = self.step(step)
             tokens += metrics["rollout_tokens"] + metrics["prompt_tokens"]
             history.append(metrics)
             self.context.log("train", step + 1, metrics)
-            shown = {k: metrics[k] for k in ("score", "kl_sequence", "response_length", "eos_rate")}
-            self.context.progress(step + 1, self.spec.steps, "train", shown, unit="rollout")
+            self.shown = {k: metrics[k] for k in ("score", "kl_sequence", "response_length", "eos_rate")}
+            self._tell(step + 1)
             self._snapshot(step + 1)
         seconds = time.monotonic() - began
         self.save()
@@ -82,6 +82,10 @@ class PPOStage:
             "kl_sequence_last": sum(m["kl_sequence"] for m in last) / len(last),
             "eos_rate_last": sum(m["eos_rate"] for m in last) / len(last),
         }
+
+    def _tell(self, step: int) -> None:
+        """Progress; the same again and again within a rollout, as a sign of life."""
+        self.context.progress(step, self.spec.steps, "train", self.shown, unit="rollout")
 
     def step(self, step: int) -> dict[str, float]:
         """One rollout and the updates on it."""

@@ -102,7 +102,7 @@ def _models(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             if stage == 3:
                 own[role]["offload_parameters"] = "cpu"
     for role, beside in FROZEN.items():
-        stage = own.get(beside, {}).get("zero_stage")
+        stage = own.get(beside, {}).get("zero_stage", given.get("zero_stage"))
         if stage is not None:
             own.setdefault(role, {})["zero_stage"] = 3 if stage == 3 else 0
         if given.get(f"offload_{role}_model") and stage == 3:

@@ -25,11 +25,11 @@ from rlhf_core.distributed import sum_over_ranks
 from rlhf_core.engine import check_finite, grad_norm, set_lr
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.experience import Experience, gather_experience
-from rlhf_core.models import check_positions, forward_inputs
+from rlhf_core.models import check_positions
 from rlhf_core.ppo_args import PPOArgs, ppo_args
 from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine
 from rlhf_core.rollout import Sampling, generate
-from rlhf_core.scoring import response_scores, target_logprobs
+from rlhf_core.scoring import label_nats, response_scores
 
 PretrainingRows = Callable[[int], Sequence[Row]]
 ACTOR_SUMS = ("actor_loss", "approx_kl", "clip_fraction", "entropy_update", "ratio_mean", "kl_loss")
@@ -42,6 +42,7 @@ class DeepSpeedPPOTrainer:
         metrics: of the last `generate_experience` and `train_rlhf`, names as in the README.
         kl_coef: the current KL coefficient (moves with the adaptive controller).
         iteration: finished `train_rlhf` calls.
+        on_life: called after every batch of answers, scores and updates, as a sign of life within a rollout.
     """
 
     def __init__(self, engine: DeepSpeedRLHFEngine, args: Any = None) -> None:
@@ -56,12 +57,13 @@ class DeepSpeedPPOTrainer:
         self.optimizer_step = 0
         self.samples = 0
         self.metrics: dict[str, float] = {}
+        self.on_life: Callable[[], None] | None = None
         self.total_steps = engine.num_total_iters * self.spec.ppo_epochs * self.spec.minibatches
         spec = self.spec
         self.vocabulary = len(self.tokenizer)
         limit = self.args.max_response_tokens
         self.sampling = Sampling(limit, spec.temperature, spec.top_k, spec.top_p, self.vocabulary)
-        self.scorer = AnswerScorer(engine, self.args)
+        self.scorer = AnswerScorer(engine, self.args, self.tell)
 
     def generate_experience(self, prompt_batch: Mapping[str, Any]) -> Experience:
         """Sample `samples_per_prompt` answers to each prompt of this rank and score them.
@@ -92,10 +94,16 @@ class DeepSpeedPPOTrainer:
             pad=self.tokenizer.pad_token_id,
             batch_size=self.resources.rollout_micro_batch,
             lock_step=zero3,
+            on_batch=lambda _: self.tell(),
         )
         experience = self.scorer.score(rollout, names)
         self.metrics = self._rollout_metrics(experience)
         return experience
+
+    def tell(self) -> None:
+        """Give a sign of life."""
+        if self.on_life is not None:
+            self.on_life()
 
     def _next_names(self, count: int) -> list[int]:
         first = self.samples + self.ranks.rank * count
@@ -111,7 +119,10 @@ class DeepSpeedPPOTrainer:
         rows = [list(map(int, row)) for row in prompts]
         if not rows or not all(rows):
             raise DataError("prompt_batch: holds an empty prompt, or none; drop it in the data stage")
-        check_positions(self.engine.actor.module.config, max(map(len, rows)), self.args.max_response_tokens)
+        longest, answer = max(map(len, rows)), self.args.max_response_tokens
+        check_positions(self.engine.actor.module.config, longest, answer)
+        if self.engine.retokenizer is None and self.engine.value_config is not None:
+            check_positions(self.engine.value_config, longest, answer, "the reward model")
         return rows
 
     def _rollout_metrics(self, e: Experience) -> dict[str, float]:
@@ -134,7 +145,7 @@ class DeepSpeedPPOTrainer:
         mean, length = score / rows, tokens / rows
         parts = dict(zip(self.scorer.parts, totals[9:], strict=True))
         return {
-            **({name: total / rows for name, total in parts.items()} if len(parts) > 1 else {}),
+            **{name: total / rows for name, total in parts.items() if len(parts) > 1 or not name.startswith("score_")},
             "score": mean,
             "score_std": max(score2 / rows - mean**2, 0.0) ** 0.5,
             "kl_sequence": kl_sum / rows,
@@ -209,7 +220,10 @@ class DeepSpeedPPOTrainer:
         and all tokens of an answer share its advantage. Returns are the critic's targets (gae), else what was earned.
         """
         spec, mask = self.spec, e.response_mask
-        scores = pm.shaped_scores(e.scores, e.ended, spec.score_clip, spec.missing_eos_penalty, spec.missing_eos)
+        clip = (
+            spec.score_clip if spec.rewards is None else None
+        )  # of several sources, only the model's part was clipped
+        scores = pm.shaped_scores(e.scores, e.ended, clip, spec.missing_eos_penalty, spec.missing_eos)
         price = self.kl_coef if spec.kl_penalty == "reward" else 0.0
         kl = pm.kl_estimate(e.logprobs, e.ref_logprobs, spec.kl_estimator)
         if spec.estimator in ("rloo", "grpo"):
@@ -248,7 +262,10 @@ class DeepSpeedPPOTrainer:
         count = float(e.response_mask[chosen].sum())
         scale = self.ranks.world / count
         lengths = (e.prompt_mask[chosen].sum(1) + e.response_mask[chosen].sum(1)).tolist()
-        lr = set_lr(engine.actor, self.optimizer_step, spec.actor_optim, self.total_steps)
+        idle = (
+            spec.critic_warmup * spec.ppo_epochs * spec.minibatches
+        )  # the actor's schedule begins with its first update
+        lr = set_lr(engine.actor, max(0, self.optimizer_step - idle), spec.actor_optim, self.total_steps - idle)
         sums, critic_loss, largest = np.zeros(len(ACTOR_SUMS)), 0.0, 0.0
         for part in deal(lengths, self.ranks.rank, self.ranks.world, self.resources.micro_batch):
             index = chosen[torch.tensor(part)]
@@ -260,6 +277,7 @@ class DeepSpeedPPOTrainer:
             largest = max(largest, deviation)
             if engine.critic is not None:
                 critic_loss += self._critic_part(rows, targets, scale)
+            self.tell()
         found = {"ratio_deviation": largest, "lr_actor": lr}
         if ptx:
             found["ptx_loss"] = self._ptx_part(ptx)
@@ -323,7 +341,9 @@ class DeepSpeedPPOTrainer:
         count, total = float(sum(counts)), 0.0
         lengths = [len(row["input_ids"]) for row in rows]
         for part in deal(lengths, self.ranks.rank, self.ranks.world, self.resources.micro_batch):
-            loss = self._text_loss([rows[i]["input_ids"] for i in part], [rows[i]["loss_mask"] for i in part])
+            # A rank without a row of its own runs one that does not count, as every pass is collective at ZeRO-3.
+            texts = [rows[i]["input_ids"] for i in part or [0]]
+            loss = self._text_loss(texts, [rows[i]["loss_mask"] for i in part] or [[0] * len(texts[0])])
             check_finite("ptx loss", loss)
             self.engine.actor.backward(loss * (self.spec.ptx.coef * self.ranks.world / count))
             total += loss.item()
@@ -334,10 +354,7 @@ class DeepSpeedPPOTrainer:
         device = self.ranks.device
         ids = right_pad(texts, self.tokenizer.pad_token_id, device)
         mask = right_pad([[1] * len(text) for text in texts], 0, device)
-        counted = right_pad(labelled, 0, device)[:, 1:].bool()
-        actor = self.engine.actor
-        logits = actor(**forward_inputs(actor.module, ids, mask), use_cache=False).logits
-        return -target_logprobs(logits[:, :-1][counted], ids[:, 1:][counted]).sum()
+        return label_nats(self.engine.actor, ids, mask, right_pad(labelled, 0, device))[0].sum()
 
     def _critic_part(self, rows: Experience, targets: Tensor, scale: float) -> float:
         """Forward and backward of the critic on one micro-batch; the sum of its loss."""

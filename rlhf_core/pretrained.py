@@ -74,7 +74,7 @@ def load_causal_lm(
         if dropout is not None:
             set_dropout(config, dropout)
     if quantize:
-        return _load_in_four_bits(place, config, revision, whose, zero_init)
+        return _load_in_four_bits(place, config, revision, whose, zero_init, rows)
     if zero_init and config is not None and (files := weight_files(place, revision)):
         model = _load_in_parts(config, files, whose, zero_init, rows)
         if model is not None:
@@ -147,7 +147,7 @@ def _set_generation(model: PreTrainedModel, place: str, revision: str | None) ->
 
 
 def _load_in_four_bits(
-    place: str, config: Any, revision: str | None, whose: str, zero_init: dict[str, Any] | None
+    place: str, config: Any, revision: str | None, whose: str, zero_init: dict[str, Any] | None, rows: int | None
 ) -> PreTrainedModel:
     """QLoRA's frozen weights (Dettmers et al. 2023). Not tested: it needs a GPU."""
     from deepspeed.accelerator import get_accelerator
@@ -162,6 +162,11 @@ def _load_in_four_bits(
     if config is None:
         raise ConfigError(
             f"{whose}: a .gguf file cannot be loaded in 4 bits; use the original model, or no lora.quantize"
+        )
+    if rows and config.vocab_size < rows:
+        raise ConfigError(
+            f"{whose}: has {config.vocab_size} embedding rows, the tokenizer {rows} tokens, and a model in 4 bits cannot "
+            "grow; name an existing token in data.tokenizer.pad_token"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("lora.quantize: 'nf4' needs the package bitsandbytes: pip install bitsandbytes")

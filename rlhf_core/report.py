@@ -253,7 +253,7 @@ def _method(evaluation: Mapping[str, Any]) -> str:
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
     if not samples:
         return ""
-    html = '<p class="fine">The first prompts of the held-out set, in its order; not chosen.</p>'
+    html = '<p class="fine">The first of the prompts that were evaluated, in the order of the held-out set; not chosen.</p>'
     for sample in samples:
         cards = "".join(_answer(model, sample["answers"][model]) for model in MODELS if model in sample["answers"])
         prompt = escape(re.sub(r"\n\s*\n", "\n", sample["prompt"].strip()))

@@ -11,13 +11,13 @@ import codecs
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 
+from rlhf_core.data.plain import Encoded, PlainEncoder, adds_space, leading_bos
 from rlhf_core.errors import ConfigError, DataError
-
-ANCHOR = "\n"
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,36 @@ class Retokenizer:
     """
 
     def __init__(self, source: Any, target: Any) -> None:
-        self._bytes = token_bytes(source)
+        self._source, self._target = source, target
         self._source_bos, self._target_bos = leading_bos(source), leading_bos(target)
         self._source_eos, self._target_eos = int(source.eos_token_id), int(target.eos_token_id)
-        self._source_space, self._target_space = adds_space(source), adds_space(target)
-        self._dropped = {source.pad_token_id, source.bos_token_id} - {self._source_eos}
-        self._shared = _shared_specials(source, target)
-        self._backend = target.backend_tokenizer
-        self._anchor = self._plain(ANCHOR)[0]
-        self.same = (
+        self.same: bool = (
             source.get_vocab() == target.get_vocab()
             and self._source_bos == self._target_bos
             and (self._source_eos, source.pad_token_id) == (self._target_eos, target.pad_token_id)
         )
+        if not self.same:
+            _decoder(source)  # refused now, not when the first row is converted
+        self._dropped = {source.pad_token_id, source.bos_token_id} - {self._source_eos}
+
+    # Built when the first row is converted: never, where ids need no conversion.
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        return token_bytes(self._source)
+
+    @cached_property
+    def _shared(self) -> dict[int, int]:
+        return _shared_specials(self._source, self._target)
+
+    @cached_property
+    def _text(self) -> PlainEncoder:
+        return PlainEncoder(self._target, ends=True)
+
+    @cached_property
+    def _source_space(self) -> bool:
+        """Whether the text of the source's tokens begins with a space that was not in the text: words are told with one."""
+        return adds_space(self._source) or not _decoder(self._source)
 
     def convert(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[int]:
         """The target's ids of a prompt and a response.
@@ -66,9 +83,8 @@ class Retokenizer:
         ids = list(self._target_bos)
         for pieces, first in ((self._prompt(prompt_ids), True), (self._pieces(response_ids), False)):
             for number, piece in enumerate(pieces):
-                ids += (
-                    [piece.special] if piece.special is not None else self._encode(piece.text, first and not number)[0]
-                )
+                at_start = first and not number
+                ids += [piece.special] if piece.special is not None else self._encode(piece.text, at_start).ids
         return ids
 
     def align(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[int]:
@@ -89,7 +105,7 @@ class Retokenizer:
                 places += [position] * len(piece.before)
                 position += 1
                 continue
-            ends = self._encode(piece.text, False)[1]
+            ends = self._encode(piece.text, False).ends
             done = 0
             for known in piece.before:
                 while done < len(ends) and ends[done] <= known:
@@ -127,44 +143,15 @@ class Retokenizer:
             text += decoder.decode(b"" if token in self._dropped else self._bytes[token])
         return _Piece(text + decoder.decode(b"", final=True), None, before)
 
-    def _plain(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids of a text by itself and where each ends in it; special tokens written out count as characters."""
-        self._backend.no_padding()  # transformers leaves its last call's padding and truncation here
-        self._backend.no_truncation()
-        self._backend.encode_special_tokens = True
-        try:
-            encoding = self._backend.encode(text, add_special_tokens=False)
-        finally:
-            self._backend.encode_special_tokens = False
-        return encoding.ids, [end for _, end in encoding.offsets]
-
-    def _encode(self, text: str, first: bool) -> tuple[list[int], list[int]]:
-        """As `_plain`; a text that continues another one is spared the space that the tokenizer would begin it with."""
+    def _encode(self, text: str, first: bool) -> Encoded:
+        """A text and where its tokens end; one that continues another is spared the space that it would begin with."""
         if not text:
-            return [], []
-        if not first and self._target_space:
-            ids, ends = self._plain(ANCHOR + text)
-            length = len(self._anchor)
-            if ids[:length] == self._anchor:
-                return ids[length:], [end - len(ANCHOR) for end in ends[length:]]
-        return self._plain(text)
+            return Encoded([], [])
+        return (self._text.alone([text]) if first else self._text.continued([text]))[0]
 
 
-def leading_bos(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text by itself."""
-    plain = tokenizer.backend_tokenizer.encode("x", add_special_tokens=False).ids
-    full = tokenizer.backend_tokenizer.encode("x").ids
-    return next((full[:i] for i in range(len(full)) if full[i : i + len(plain)] == plain), [])
-
-
-def adds_space(tokenizer: Any) -> bool:
-    """Whether the tokenizer begins any text with a space of its own (sentencepiece), or writes words without theirs."""
-    tokens = tokenizer.backend_tokenizer.encode("x", add_special_tokens=False).tokens
-    return tokenizer.backend_tokenizer.decoder is None or tokens[:1] == ["▁x"] or tokens[:1] == ["▁"]
-
-
-def token_bytes(tokenizer: Any) -> list[bytes]:
-    """The bytes that each id stands for, `[vocabulary]`.
+def _decoder(tokenizer: Any) -> str:
+    """What the tokenizer's decoder is, as JSON; "" if it has none.
 
     Raises:
         ConfigError: the tokenizer's text is not that of its tokens, one after the other.
@@ -176,6 +163,16 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
             f"reward.tokenizer: texts of a tokenizer with the decoder {kind[:80]} cannot be told token by token; use a "
             "byte-level or sentencepiece tokenizer"
         )
+    return kind
+
+
+def token_bytes(tokenizer: Any) -> list[bytes]:
+    """The bytes that each id stands for, `[vocabulary]`.
+
+    Raises:
+        ConfigError: the tokenizer's text is not that of its tokens, one after the other.
+    """
+    kind = _decoder(tokenizer)
     alphabet = _byte_alphabet() if "ByteLevel" in kind else {}
 
     def write(token: str) -> bytes:

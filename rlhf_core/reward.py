@@ -6,6 +6,7 @@ Afterwards mean and deviation of the scores on training pairs are stored in the 
 (score - mean) / std, so that a KL coefficient means the same for every reward model.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from rlhf_core.batches import Row, longest, right_pad
+from rlhf_core.batches import Row, longest, right_pad, some_rows, sources_of
 from rlhf_core.context import JobContext
 from rlhf_core.data.tokenizer import configured, load
 from rlhf_core.distributed import gather, sum_over_ranks
@@ -25,7 +26,7 @@ from rlhf_core.models import ValueModel, base_model, load_causal_lm, positions_o
 from rlhf_core.retokenize import Retokenizer
 from rlhf_core.scoring import end_scores
 from rlhf_core.specs import ModelSpec, RewardSpec, TokenizerSpec
-from rlhf_core.trainer import Trainer, accuracy_metrics
+from rlhf_core.trainer import Trainer, accuracy_metrics, pair_length
 
 MOMENT_PAIRS = 512
 ANSWERS = ("chosen_ids", "rejected_ids")
@@ -74,7 +75,7 @@ class RewardTrainer(Trainer[RewardSpec]):
                 row["chosen_ids"], row["rejected_ids"] = row["rejected_ids"], row["chosen_ids"]
         lr = set_lr(self.engine, step, spec.optim, self.steps)
         sums = np.zeros(4)
-        for part in self.deal_pairs(rows):
+        for part in self.deal_pairs([pair_length(row) for row in rows]):
             chosen, rejected = self._scores([rows[i] for i in part])
             loss = pair_loss(chosen, rejected, spec.center_coef).sum()
             check_finite("reward loss", loss)
@@ -134,24 +135,21 @@ class RewardTrainer(Trainer[RewardSpec]):
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Accuracy with interval, loss and margin on the held-out pairs."""
-        rows: list[Row] = self.test_rows.to_list()
-        if not rows:
-            return {}
-        scores = self.score_pairs(rows, "evaluate", self._scores)
+        scores = self.score_pairs(self.test_rows, "evaluate", self._scores)
         margin = scores[:, 0] - scores[:, 1]
         metrics = {
-            **accuracy_metrics(margin > 0, rows),
+            **accuracy_metrics(margin > 0, sources_of(self.test_rows)),
             "loss": float(np.logaddexp(0, -margin).mean()),
             "margin": float(margin.mean()),
-            "pairs": float(len(rows)),
+            "pairs": float(len(margin)),
         }
         self.context.log("eval", step, metrics)
         return metrics
 
     def moments(self) -> tuple[float, float]:
-        """Mean and deviation of the scores of up to 512 training pairs, both answers."""
-        count = min(MOMENT_PAIRS, len(self.train_rows))
-        scores = self.score_pairs(self.train_rows.select(range(count)).to_list(), "moments", self._scores)
+        """Mean and deviation of the scores of up to 512 training pairs of all sources, both answers."""
+        numbers = some_rows(len(self.train_rows), MOMENT_PAIRS, self.context.seed)
+        scores = self.score_pairs(self.train_rows, "moments", self._scores, numbers)
         return float(scores.mean()), float(max(scores.std(), 1e-6))
 
     def save(self) -> dict[str, Any]:
@@ -167,7 +165,10 @@ class RewardTrainer(Trainer[RewardSpec]):
 
 
 def reward_tokenizer(spec: RewardSpec, data_tokenizer: Any) -> Any:
-    """The tokenizer of the reward model: the one named, else the one beside `reward.model`, else the data's."""
+    """The tokenizer of the reward model: the one named, else the one beside `reward.model`, else a copy of the data's.
+
+    EOS, pad and chat template are as `reward.tokenizer` says, whichever it is.
+    """
     choice = spec.tokenizer or TokenizerSpec()
     if choice.path:
         return configured(load(choice.path, None, "reward.tokenizer.path"), choice, "reward.tokenizer")
@@ -175,7 +176,9 @@ def reward_tokenizer(spec: RewardSpec, data_tokenizer: Any) -> Any:
         assert spec.model.path
         found = load(spec.model.path, spec.model.revision, "reward.model.path")
         return configured(found, choice, "reward.tokenizer")
-    return data_tokenizer
+    if choice == TokenizerSpec():
+        return data_tokenizer
+    return configured(copy.deepcopy(data_tokenizer), choice, "reward.tokenizer")
 
 
 def _brings_tokenizer(model: ModelSpec) -> bool:

@@ -1,9 +1,10 @@
 """What scores an answer: the reward stage's model, a Python function, an HTTP endpoint, or a weighted sum of them.
 
 Functions and endpoints see texts without special tokens. A function runs only where code is allowed (RLHF_ALLOW_CODE=1, set by
-`rlhf run --allow-code`), since a configuration file must not run code by itself. An endpoint is asked in batches; what may
-pass (time-outs, refused connections, 429, 5xx) is tried again with growing pauses, anything else ends the stage at once with
-the endpoint's own words. A score that is not a finite number is never used.
+`rlhf run --allow-code`), since a configuration file must not run code by itself; it gets all answers of this rank's rollout at
+once and must score each by itself. An endpoint is asked in batches; what may pass (time-outs, refused connections, 429, 5xx) is
+tried again with growing pauses, anything else ends the stage at once with the endpoint's own words. A score that is not a finite
+number is never used.
 """
 
 import importlib
@@ -11,6 +12,7 @@ import importlib.util
 import math
 import os
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,15 @@ def _function(source: FunctionReward, field: str) -> Callable[[list[str], list[s
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"{field}.function: {place} has no function {name!r}")
-    return function
+
+    def call(prompts: list[str], responses: list[str]) -> Any:
+        try:
+            return function(prompts, responses)
+        except Exception as error:
+            trace = "".join(traceback.format_exception(error)[-3:]).rstrip()
+            raise ConfigError(f"{field}.function: {source.function} failed: {trace}") from error
+
+    return call
 
 
 def _module_of_file(path: Path) -> Any:
@@ -95,7 +105,7 @@ def _module_of_file(path: Path) -> Any:
 
 
 def _endpoint(source: HTTPReward, field: str) -> Callable[[list[str], list[str]], list[Any]]:
-    client = httpx.Client(timeout=source.timeout_seconds)
+    client = httpx.Client(timeout=source.timeout_seconds, headers=_authorization(source, field))
 
     def ask(prompts: list[str], responses: list[str]) -> list[Any]:
         rewards: list[Any] = []
@@ -111,6 +121,15 @@ def _endpoint(source: HTTPReward, field: str) -> Callable[[list[str], list[str]]
         return rewards
 
     return ask
+
+
+def _authorization(source: HTTPReward, field: str) -> dict[str, str]:
+    if source.token_env is None:
+        return {}
+    token = os.environ.get(source.token_env)
+    if not token:
+        raise ConfigError(f"{field}.token_env: {source.token_env} is not set in the job's environment; export it there")
+    return {"Authorization": f"Bearer {token}"}
 
 
 def _post(client: httpx.Client, source: HTTPReward, body: dict[str, Any], field: str) -> Any:

@@ -80,6 +80,10 @@ class DeepSpeedRLHFEngine:
         self.critic = self._load_critic() if self.args.spec.estimator == "gae" else None
         self.reward = self._load_reward() if self.args.spec.uses_reward_model else None
         ema = self.args.spec.ema
+        if ema and self.args.resources.of_model("actor").offload_parameters == "nvme":
+            raise ConfigError(
+                "ppo.ema: the actor's weights lie on nvme, where they cannot be averaged; offload them to cpu"
+            )
         self.actor_ema = EMA(self.actor, ema.decay) if ema else None
 
     def _retokenizer(self) -> Retokenizer | None:
@@ -150,10 +154,9 @@ class DeepSpeedRLHFEngine:
 
     @property
     def value_config(self) -> Any:
-        """Configuration of critic and reward model."""
+        """Configuration of critic and reward model; None if there is neither."""
         engine = self.critic if self.critic is not None else self.reward
-        assert engine is not None
-        return engine.module.config
+        return None if engine is None else engine.module.config
 
     def save(self, actor_folder: str | Path, critic_folder: str | Path | None = None) -> None:
         """Write actor, and critic if there is one, as plain transformers loads them; collective, rank 0 writes."""

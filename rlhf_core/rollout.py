@@ -7,6 +7,7 @@ bits), so that training can evaluate the same distribution. Generation ends when
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -17,7 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from rlhf_core.distributed import any_rank
-from rlhf_core.models import _accepts
+from rlhf_core.models import _accepts, base_model
+from rlhf_core.specs import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -271,9 +273,9 @@ def _select(rollout: Rollout, rows: Tensor) -> Rollout:
 
 
 def sample_texts(
-    model_path: str,
+    spec: ModelSpec,
     tokenizer: Any,
-    prompts: list[list[int]],
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     temperature: float,
@@ -282,20 +284,29 @@ def sample_texts(
     batch_size: int,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[list[int]]]:
-    """Several answers of a pretrained model to each prompt: `[prompt][sample]` token ids, EOS where it was emitted."""
-    from rlhf_core.models import load_causal_lm
+    """Several answers of a pretrained model to each prompt: `[prompt][sample]` token ids, EOS where it was emitted.
 
-    model = load_causal_lm(model_path, dropout=None).eval()
-    rollout = generate(
-        model,
-        [p for p in prompts for _ in range(samples)],
-        range(len(prompts) * samples),
-        Sampling(max_new_tokens, temperature),
-        seed=seed,
-        eos=tokenizer.eos_token_id,
-        pad=tokenizer.pad_token_id,
-        batch_size=batch_size,
-        on_batch=on_batch,
-    )
-    answers = rollout.responses()
-    return [answers[i : i + samples] for i in range(0, len(answers), samples)]
+    The model is the one SFT starts from: its revision, and a vocabulary of at least the tokenizer's size, of which only
+    the tokenizer's tokens are sampled. It runs on the accelerator if there is one; only one batch is kept as tensors.
+    """
+    model: Any = base_model(spec, tokenizer, seed).eval()
+    model.to(_device())
+    sampling = Sampling(max_new_tokens, temperature, vocabulary=len(tokenizer))
+    answers: list[list[list[int]]] = [[[]] * samples for _ in prompts]
+    order = sorted(range(len(prompts) * samples), key=lambda i: len(prompts[i // samples]))
+    for start in range(0, len(order), batch_size):
+        names = order[start : start + batch_size]
+        asked = [prompts[i // samples] for i in names]
+        eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        rollout = generate(model, asked, names, sampling, seed=seed, eos=eos, pad=pad, batch_size=batch_size)
+        for i, answer in zip(names, rollout.responses(), strict=True):
+            answers[i // samples][i % samples] = answer
+        if on_batch:
+            on_batch(start + len(names))
+    return answers
+
+
+def _device() -> torch.device:
+    """The accelerator, unless there is none or the environment says that DeepSpeed, and so all else, runs on the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None or os.environ.get("DS_ACCELERATOR") == "cpu" else found

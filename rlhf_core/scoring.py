@@ -28,6 +28,21 @@ def target_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
+def label_nats(engine: Any, input_ids: Tensor, mask: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p of the labelled tokens of right-padded texts under a causal language model.
+
+    Args:
+        engine: a DeepSpeed engine or a transformers model.
+        input_ids, mask, labelled: `[batch, tokens]`; a first token is never counted, as nothing foretells it.
+
+    Returns:
+        The nats `[labelled tokens]`, fp32, row by row, and the row of each.
+    """
+    counted = labelled[:, 1:].bool()
+    logits = engine(**forward_inputs(unwrap(engine), input_ids, mask), use_cache=False).logits
+    return -target_logprobs(logits[:, :-1][counted], input_ids[:, 1:][counted]), counted.nonzero()[:, 0]
+
+
 def response_scores(
     engine: Any,
     prompt_ids: Tensor,

@@ -6,20 +6,21 @@ nothing but rounding.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_core.batches import Row, deal, deal_packed, longest, right_pad
+from rlhf_core.batches import Row, deal, deal_packed, longest, right_pad, row_lengths, sources_of
 from rlhf_core.context import JobContext
 from rlhf_core.distributed import gather, sum_over_ranks
 from rlhf_core.engine import check_finite, grad_norm, set_lr, zero_init
 from rlhf_core.export import save_causal_lm
-from rlhf_core.models import base_model, check_positions, forward_inputs
+from rlhf_core.models import base_model, check_positions
 from rlhf_core.packing import packed_inputs, require_packing
-from rlhf_core.scoring import target_logprobs
+from rlhf_core.scoring import label_nats, target_logprobs
 from rlhf_core.specs import SFTSpec
 from rlhf_core.trainer import Trainer, by_source
 
@@ -47,7 +48,9 @@ class SFTTrainer(Trainer[SFTSpec]):
         self.engine.train()
         _, rows = self.batch(step)
         lr = set_lr(self.engine, step, self.spec.optim, self.steps)
-        micro_batches = [[[rows[i] for i in line] for line in part] for part in self._deal(rows)]
+        micro_batches = [
+            [[rows[i] for i in line] for line in part] for part in self._deal([len(row["input_ids"]) for row in rows])
+        ]
         mine = [row for part in micro_batches for line in part for row in line]
         (count,) = sum_over_ranks([float(sum(sum(self._labelled(row)) for row in mine))])
         total = 0.0
@@ -66,9 +69,8 @@ class SFTTrainer(Trainer[SFTSpec]):
             "tokens": tokens,
         }
 
-    def _deal(self, rows: list[Row]) -> list[list[list[int]]]:
-        """This rank's micro-batches of rows of sequences, as indices into `rows`."""
-        lengths = [len(row["input_ids"]) for row in rows]
+    def _deal(self, lengths: Sequence[int]) -> list[list[list[int]]]:
+        """This rank's micro-batches of rows of sequences of these lengths, as indices into `lengths`."""
         place = (self.ranks.rank, self.ranks.world, self.resources.micro_batch)
         if self.resources.pack_tokens:
             return deal_packed(lengths, *place, self.resources.pack_tokens)
@@ -84,38 +86,35 @@ class SFTTrainer(Trainer[SFTSpec]):
         device, pad = self.ranks.device, self.tokenizer.pad_token_id
         labels = [[label for row in line for label in self._labelled(row)] for line in lines] or [[0, 0]]
         lines = lines or [[{"input_ids": [pad, pad]}]]
-        labelled = right_pad(labels, 0, device)[:, 1:].bool()
-        if self.resources.pack_tokens:
-            ids = [[row["input_ids"] for row in line] for line in lines]
-            inputs = packed_inputs(self.engine.module, ids, pad, device)
-        else:
+        labelled = right_pad(labels, 0, device)
+        if not self.resources.pack_tokens:
             ids = right_pad([line[0]["input_ids"] for line in lines], pad, device)
             mask = right_pad([[1] * len(line[0]["input_ids"]) for line in lines], 0, device)
-            inputs = forward_inputs(self.engine.module, ids, mask)
-        logits = self.engine(**inputs, use_cache=False).logits
-        return -target_logprobs(logits[:, :-1][labelled], inputs["input_ids"][:, 1:][labelled])
+            return label_nats(self.engine, ids, mask, labelled)[0]
+        inputs = packed_inputs(self.engine.module, [[row["input_ids"] for row in line] for line in lines], pad, device)
+        logits, counted = self.engine(**inputs, use_cache=False).logits[:, :-1], labelled[:, 1:].bool()
+        return -target_logprobs(logits[counted], inputs["input_ids"][:, 1:][counted])
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
         """Loss and perplexity on the held-out rows."""
         self.engine.eval()
-        if not len(self.test_rows):
-            return {}
-        rows: list[Row] = self.test_rows.to_list()
-        mine: dict[int, float] = {}
-        parts = self._deal(rows)
+        lengths = row_lengths(self.test_rows, "input_ids").tolist()
+        mine: dict[int, tuple[float, int]] = {}
+        parts = self._deal(lengths)
         for done, part in enumerate(parts):
-            nats = self._nats([[rows[i] for i in line] for line in part])
             inside = [i for line in part for i in line]
-            by_row = nats.split([sum(self._labelled(rows[i])) for i in inside])
-            mine.update((i, own.double().sum().item()) for i, own in zip(inside, by_row, strict=True))
+            rows = dict(zip(inside, self.test_rows.select(inside).to_list(), strict=True))
+            counts = [sum(self._labelled(rows[i])) for i in inside]
+            by_row = self._nats([[rows[i] for i in line] for line in part]).split(counts)
+            sums = [own.double().sum().item() for own in by_row]
+            mine.update(zip(inside, zip(sums, counts, strict=True), strict=True))
             self.context.progress(done + 1, len(parts), "evaluate", unit="batch")
-        merged = {i: value for ranks in gather(mine) for i, value in ranks.items()}
-        sums = np.array([merged[i] for i in range(len(rows))])
-        counts = np.array([sum(self._labelled(row)) for row in rows])
+        merged = {i: row for ranks in gather(mine) for i, row in ranks.items()}
+        sums, counts = np.array([merged[i] for i in range(len(lengths))]).T
         loss = float(sums.sum() / counts.sum())
         metrics = {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
-        metrics |= by_source("loss", sums / np.maximum(counts, 1), counts, rows)
+        metrics |= by_source("loss", sums / np.maximum(counts, 1), counts, sources_of(self.test_rows))
         self.context.log("eval", step, metrics)
         return metrics
 

@@ -6,15 +6,18 @@ remembered by path, size and modification time under `~/.cache/rlhf`.
 """
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
 from collections.abc import Callable, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 from rlhf_core import quickstart
 from rlhf_core.artifacts import sha256_file
+from rlhf_core.data import known
 from rlhf_core.errors import ConfigError, StoreError
 from rlhf_core.specs import (
     DataSpec,
@@ -29,7 +32,10 @@ from rlhf_core.specs import (
 )
 
 # What defines a model or tokenizer folder; other files (README, optimizer states) do not.
-MODEL_FILES = ("*.json", "*.safetensors", "*.gguf", "*.model", "*.txt", "*.jinja")
+PICKLED = (".bin", ".pt", ".pth")
+WEIGHTS = ("*.safetensors", "*.gguf", *(f"*{suffix}" for suffix in PICKLED))
+MODEL_FILES = (*WEIGHTS, "*.json", "*.model", "*.txt", "*.jinja")
+TRAINING_STATE = ("optimizer", "scheduler", "scaler", "training_args", "rng_state")  # as transformers' Trainer names it
 
 
 def is_hub_name(path: str) -> bool:
@@ -69,9 +75,26 @@ def digest(path: Path) -> str:
     """sha256 over a file, or over the names and contents of a model folder's defining files."""
     if path.is_file():
         return _file_digest(path)
-    files = sorted({f for pattern in MODEL_FILES for f in path.glob(pattern) if f.is_file()})
-    text = "".join(f"{f.name}\0{_file_digest(f)}\n" for f in files)
+    text = "".join(f"{f.name}\0{_file_digest(f)}\n" for f in _files(path, MODEL_FILES))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _files(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """Files of a model folder by their names' patterns, without the state of an optimizer that made them."""
+    found = {f for pattern in patterns for f in folder.glob(pattern) if f.is_file()}
+    return sorted(f for f in found if f.suffix not in PICKLED or not f.name.startswith(TRAINING_STATE))
+
+
+def _require_weights(path: str, field: str) -> None:
+    """ConfigError if a model's path is a folder on this disk without weights."""
+    if "://" in path or (is_hub_name(path) and not Path(path).expanduser().exists()):
+        return
+    folder = local_path(path, field)
+    if folder.is_dir() and not _files(folder, WEIGHTS):
+        raise ConfigError(
+            f"{field}: the folder {path!r} holds no model: none of its files is {', '.join(WEIGHTS)}; name the folder that "
+            "config.json and the weights are in (a tokenizer's folder belongs in data.tokenizer.path)"
+        )
 
 
 def _file_digest(path: Path) -> str:
@@ -131,8 +154,14 @@ def content_id(path: str, field: str) -> str:
 
 
 def model_identity(model: ModelSpec, of: Digest = content_id, field: str = "model.path") -> dict[str, Any]:
-    """Identity of a model: digest for a pretrained one, family and sizes for a new one."""
+    """Identity of a model: digest for a pretrained one, family and sizes for a new one.
+
+    Raises:
+        ConfigError: nothing is at its path, or a folder without weights.
+    """
     if model.path:
+        if of is content_id:
+            _require_weights(model.path, field)
         return {"content": of(model.path, field), "revision": model.revision}
     return model.model_dump(mode="json", exclude={"path", "revision"})
 
@@ -158,10 +187,11 @@ def _source_identity(source: Source, of: Digest, field: str) -> dict[str, Any]:
                 identity[name] = [of(path, f"{field}.{name}") for path in identity[name]]
     if isinstance(source, HubSource):
         identity["streaming"] = None
-        # `datasets` prefers a folder of that name in the working directory; then its content counts, not its name.
+        # `datasets` prefers a folder of that name in the working directory; then its content counts, and what its name
+        # says about its columns, not where it is.
         if Path(source.name).is_dir():
             identity["name"] = f"sha256:{_folder_digest(Path(source.name))}"
-            identity["known_as"] = "/".join(Path(source.name).absolute().parts[-2:])
+            identity["known_as"] = known.key_of(source)
     return identity
 
 
@@ -173,7 +203,12 @@ def _folder_digest(folder: Path) -> str:
 
 
 def rewards_identity(rewards: Sequence[RewardSource], of: Digest = content_id) -> list[dict[str, Any]]:
-    """Identity of reward sources: a function's file by its digest, an endpoint by its name, not by where or how it is asked."""
+    """Identity of reward sources: what a function's code is, and an endpoint's name, not where or how it is asked.
+
+    A function of a `.py` file is identified by the digest of that file alone, one of `module:name` by its name, the digest
+    of the module's file and the installed version of the package it belongs to, as far as they are installed here. What
+    that code imports is not looked at; raise `ppo.revision` when it has changed.
+    """
     identities = []
     for i, source in enumerate(rewards):
         identity = source.model_dump(mode="json")
@@ -182,8 +217,29 @@ def rewards_identity(rewards: Sequence[RewardSource], of: Digest = content_id) -
         if isinstance(source, FunctionReward) and ".py:" in source.function:
             path, _, name = source.function.rpartition(":")
             identity["function"] = f"{of(path, f'ppo.rewards[{i}].function')}:{name}"
+        elif isinstance(source, FunctionReward):
+            identity |= _module_identity(source.function.rpartition(":")[0])
         identities.append(identity)
     return identities
+
+
+def _module_identity(name: str) -> dict[str, Any]:
+    """`version` of the package and `module`, the digest of the file, of an importable module, which is not imported."""
+    top, *inner = name.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+        for i in range(len(inner)):  # find_spec("a.b") would import a
+            where = spec.submodule_search_locations if spec else None
+            spec = PathFinder.find_spec(".".join((top, *inner[: i + 1])), where) if where else None
+    except (ImportError, ValueError):
+        spec = None
+    file = Path(spec.origin) if spec and spec.has_location and spec.origin else None
+    owners = sorted(set(importlib.metadata.packages_distributions().get(top, ())))
+    versions = [f"{owner} {importlib.metadata.version(owner)}" for owner in owners]
+    return {
+        "version": ", ".join(versions) or None,
+        "module": f"sha256:{_file_digest(file)}" if file and file.is_file() else None,
+    }
 
 
 def check_positions(model: ModelSpec, prompt: int, response: int) -> None:

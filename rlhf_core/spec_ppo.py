@@ -31,7 +31,13 @@ class HTTPReward(Frozen):
     """An endpoint: POST {"prompts": [...], "responses": [...]} answers {"rewards": [...]}."""
 
     kind: Literal["http"] = "http"
-    url: str = Field(pattern=r"^https?://", description="where it is; not part of the identity, `name` is")
+    url: str = Field(
+        pattern=r"^https?://[^@?#]+$",
+        description="where it is, without credentials or query; not part of the identity, `name` is",
+    )
+    token_env: str | None = Field(
+        default=None, description="environment variable of the jobs whose value is sent as a bearer token"
+    )
     name: str = Field(description="what it computes, with its version, e.g. safety-v3: the identity of the endpoint")
     weight: float = 1.0
     mean: float = Field(default=0.0, description="the score is (value - mean) / std")
@@ -100,7 +106,8 @@ class PPOSpec(StageSpec):
     # The penalty for leaving the reference is paid per token in the reward: -kl_coef * estimate(KL(actor || reference)).
     kl_coef: NonNegative = Field(default=0.05, description="N+ and TRL 0.05; N 0.15; DSC 0.1")
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
-        default="k1", description="k1 = log p - log q; k2 = k1^2/2; k3 = q/p - 1 + k1"
+        default="k1",
+        description="k1 = log p - log q; k2 = k1^2/2; k3 = q/p - 1 + k1. In the loss k1 means k3, as k1's gradient is 0 on average",
     )
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     kl_target: Annotated[float, Field(gt=0)] = Field(default=6.0, description="adaptive: nats per sequence (N: 6)")
@@ -112,7 +119,7 @@ class PPOSpec(StageSpec):
         default=True, description="(score - mean) / std with the reward model's stored moments (N, RM 3)"
     )
     score_clip: Annotated[float, Field(gt=0)] | None = Field(
-        default=5.0, description="clip the score to +-this (DSC 5)"
+        default=5.0, description="clip the reward model's score to +-this (DSC 5); other sources are taken as they are"
     )
     missing_eos_penalty: float | None = Field(
         default=1.0,
@@ -180,6 +187,18 @@ class PPOSpec(StageSpec):
                 f"advantage {self.estimator} judges whole answers: whiten_rewards and gamma {self.gamma:g} mean nothing; "
                 "leave them out"
             )
+        if self.critic_warmup >= self.steps:
+            raise ValueError(
+                f"critic_warmup {self.critic_warmup} leaves none of the {self.steps} rollouts for the actor; lower it"
+            )
+        if self.ema and self.ema.start_step >= self.steps:
+            raise ValueError(
+                f"ema.start_step {self.ema.start_step} is never reached in {self.steps} rollouts; lower it"
+            )
+        if self.critic_lora and self.critic_lora.quantize:
+            raise ValueError("critic_lora.quantize: the critic's weights are also the reward model's; remove quantize")
+        if self.actor_lora and self.actor_lora.quantize and self.actor_lora.also_train:
+            raise ValueError("actor_lora: quantize and also_train exclude each other; keep one")
         for role, lora in (("actor", self.actor_lora), ("critic", self.critic_lora)):
             if lora and lora.dropout:
                 raise ValueError(

@@ -12,9 +12,10 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
-from rlhf_core.batches import Row, deal, open_rows, step_rows, total_steps
+from rlhf_core.batches import Row, deal, open_rows, row_lengths, step_rows, total_steps
 from rlhf_core.context import JobContext
 from rlhf_core.distributed import gather, start
 from rlhf_core.engine import train_engine
@@ -99,7 +100,7 @@ class Trainer(ABC, Generic[S]):
 
     @abstractmethod
     def evaluate(self, step: int) -> dict[str, float]:
-        """Metrics on the held-out rows, logged; none without rows."""
+        """Metrics on the held-out rows, logged."""
 
     @abstractmethod
     def save(self) -> dict[str, Any]:
@@ -119,50 +120,71 @@ class Trainer(ABC, Generic[S]):
         """Name of the SFT stage's model, the base of an adapter."""
         return f"{self.context.job.inputs['sft'].id}/model"
 
-    def deal_pairs(self, rows: Sequence[Row]) -> list[list[int]]:
-        """This rank's micro-batches of pairs, as indices into `rows`."""
-        lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+    def deal_pairs(self, lengths: Sequence[int]) -> list[list[int]]:
+        """This rank's micro-batches of pairs of these lengths, as indices into `lengths`."""
         return deal(lengths, self.ranks.rank, self.ranks.world, self.resources.micro_batch)
 
     @torch.no_grad()
     def score_pairs(
         self,
-        rows: list[Row],
+        rows: Dataset,
         phase: str,
         score: Callable[[list[Row]], tuple[Tensor, Tensor]],
+        numbers: np.ndarray | None = None,
         before: int = 0,
         total: int | None = None,
     ) -> np.ndarray:
-        """What `score` gives to chosen and rejected of all `rows`, on every rank, in order: `[pairs, 2]`.
+        """What `score` gives to chosen and rejected of the rows, on every rank, in order: `[pairs, 2]`.
 
-        `before` and `total` say where these rows stand among more, for the progress.
+        Each rank reads its own rows, a micro-batch at a time.
+
+        Args:
+            rows: a whole split.
+            phase: for the progress.
+            score: of a micro-batch, `[pairs]` each.
+            numbers: of the rows to score; default: all.
+            before, total: where these rows stand among more, for the progress.
         """
         self.engine.eval()
+        numbers = np.arange(len(rows)) if numbers is None else numbers
         mine: dict[int, tuple[float, float]] = {}
-        parts = self.deal_pairs(rows)
+        parts = self.deal_pairs(pair_lengths(rows)[numbers].tolist())
         for done, part in enumerate(parts):
-            chosen, rejected = score([rows[i] for i in part or [0]])  # an empty part runs too, for ZeRO-3's sake
+            read = rows.select(numbers[part or [0]]).to_list()  # an empty part runs too, for ZeRO-3's sake
+            chosen, rejected = score(read)
             mine.update(zip(part, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=False))
-            self.context.progress(before + len(rows) * (done + 1) // len(parts), total or len(rows), phase, unit="pair")
+            seen = before + len(numbers) * (done + 1) // len(parts)
+            self.context.progress(seen, total or len(numbers), phase, unit="pair")
         merged = {i: pair for ranks in gather(mine) for i, pair in ranks.items()}
-        return np.array([merged[i] for i in range(len(rows))])
+        return np.array([merged[i] for i in range(len(numbers))])
 
 
-def accuracy_metrics(right: np.ndarray, rows: Sequence[Row]) -> dict[str, float]:
+def pair_lengths(rows: Dataset) -> np.ndarray:
+    """Tokens of each pair's prompt and longer answer, `[pairs]`, without reading the pairs."""
+    answers = np.maximum(row_lengths(rows, "chosen_ids"), row_lengths(rows, "rejected_ids"))
+    return row_lengths(rows, "prompt_ids") + answers
+
+
+def pair_length(row: Row) -> int:
+    """Tokens of a pair's prompt and longer answer."""
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def accuracy_metrics(right: np.ndarray, sources: Sequence[str]) -> dict[str, float]:
     """Accuracy with its 95 % Wilson interval, and by source where there are several.
 
     Args:
         right: `[pairs]`, whether each pair is told right.
-        rows: the pairs.
+        sources: of the pairs.
     """
-    low, high = wilson_interval(int(right.sum()), len(rows))
+    low, high = wilson_interval(int(right.sum()), len(right))
     metrics = {"accuracy": float(right.mean()), "accuracy_low": low, "accuracy_high": high}
-    return metrics | by_source("accuracy", right.astype(float), np.ones(len(rows)), rows)
+    return metrics | by_source("accuracy", right.astype(float), np.ones(len(right)), sources)
 
 
-def by_source(name: str, values: np.ndarray, weights: np.ndarray, rows: Sequence[Row]) -> dict[str, float]:
+def by_source(name: str, values: np.ndarray, weights: np.ndarray, sources: Sequence[str]) -> dict[str, float]:
     """`{name}_{source}`: the mean of `values` by `weights` over each source's rows; nothing with a single source."""
-    sources = np.array([str(row.get("source") or "") for row in rows])
+    each = np.array(sources)
     if len(found := sorted(set(sources) - {""})) < 2:
         return {}
-    return {f"{name}_{s}": float((values * weights)[sources == s].sum() / weights[sources == s].sum()) for s in found}
+    return {f"{name}_{s}": float((values * weights)[each == s].sum() / weights[each == s].sum()) for s in found}

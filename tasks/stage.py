@@ -2,9 +2,9 @@
 
 `build_stage` is the whole logic, without Prefect; `run_stage` is the Prefect task around it, and `run_planned` calls
 that task with the stage's retries. A retry calls the same function again: finished -> reuse; finished but unpublished
--> publish; half done -> a job that goes on from its newest checkpoint. Forcing a stage first retires its artifact, once
-for each run, so that the retry of a forced run goes on instead of beginning anew. The task is called in the main
-thread, never submitted, so that cancellation and termination reach the launcher.
+-> publish; cut off -> a job that starts the stage again. Forcing a stage first retires its artifact, once for each run,
+so that the retry of a forced run reuses what that run has finished. The task is called in the main thread, never
+submitted, so that cancellation and termination reach the launcher.
 """
 
 import platform
@@ -126,8 +126,8 @@ def publish_finished(store: Store, planned: StagePlan, provenance: Mapping[str, 
 def retire(store: Store, ref: ArtifactRef, run: str) -> None:
     """Make an artifact unpublished, so that it is built anew; does nothing if `run` has done so before.
 
-    The manifest is kept under `superseded/`. Results and checkpoints of earlier attempts go, as the next attempt would
-    publish or resume them. The marker comes last: an interrupted call is repeated, a completed one is not.
+    The manifest is kept under `superseded/`. Results of earlier attempts go, as the next call would publish
+    them, and what lies under `checkpoints/`. The marker comes last: an interrupted call is repeated, a completed one is not.
     """
     marker = f"{ref.id}/superseded/by-{run}.json"
     stored = store.list(ref.id)

@@ -53,12 +53,18 @@ class Known:
         return self.convert(row)
 
 
-def find(source: HubSource) -> Known | None:
-    """The known data set of a source; None for any other, or if the source says itself what its columns mean."""
+def key_of(source: HubSource) -> str | None:
+    """The name in `KNOWN` of a source; None for any other, or if the source says itself what its columns mean."""
     if source.columns or source.format != "auto":
         return None
     name = source.name.rstrip("/")
-    return next((known for key, known in KNOWN.items() if name == key or name.endswith(f"/{key}")), None)
+    return next((key for key in KNOWN if name == key or name.endswith(f"/{key}")), None)
+
+
+def find(source: HubSource) -> Known | None:
+    """The known data set of a source, if it is one: see `key_of`."""
+    key = key_of(source)
+    return None if key is None else KNOWN[key]
 
 
 def place_of(source: HubSource) -> str:

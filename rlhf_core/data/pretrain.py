@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from rlhf_core.data.encode import Encoder, limited
+from rlhf_core.data.encode import Encoder
 from rlhf_core.data.examples import SourceReader
 from rlhf_core.data.formats import Example, is_unicode, need
+from rlhf_core.data.plain import limited
 from rlhf_core.data.readers import AnySource, Read
 from rlhf_core.data.rows import REPEATED, Tally
 from rlhf_core.data.split import Splitter, copies

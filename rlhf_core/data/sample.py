@@ -13,7 +13,6 @@ from rlhf_core.context import JobContext
 from rlhf_core.data.encode import Encoder
 from rlhf_core.data.rows import Row
 from rlhf_core.errors import ConfigError
-from rlhf_core.sources import resolve_model
 from rlhf_core.specs import DataSpec, ModelSpec, SampledPairs
 
 
@@ -43,11 +42,11 @@ def sample_pairs(
     from rlhf_core.rollout import noise_seed, sample_texts
 
     plan, model = spec.sampled_pairs, context.job.model
-    assert plan is not None and model is not None and model.path is not None
+    assert plan is not None and model is not None
     total = len(rows) * plan.per_prompt
     context.progress(0, total, "sample", unit="answers")
     answers = sample_texts(
-        resolve_model(model.path),
+        model,
         tokenizer,
         [row["prompt_ids"] for row in rows],
         max_new_tokens=spec.max_response_tokens,

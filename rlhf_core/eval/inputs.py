@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_from_disk
 
+from rlhf_core.batches import open_rows, some_rows
 from rlhf_core.chat import render
-from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.errors import ConfigError
 from rlhf_core.eval.request import EvalRequest
 from rlhf_core.models import load_causal_lm, load_tokenizer
 from rlhf_core.rollout import Sampling
+
+ROW_SEED = 0  # of the rows that `limit` takes; not the request's seed, which is the noise of answers
 
 
 def device() -> torch.device:
@@ -53,17 +55,15 @@ def language_model(path: str, data_tokenizer: Any = None) -> tuple[Any, Any]:
 
 
 def held_out(request: EvalRequest, share: str) -> list[dict[str, Any]]:
-    """The held-out rows of a share, in their order, `limit` at most; DataError if there are none."""
+    """The held-out rows of a share, in their order; with `limit` a sample of them, the same for every request.
+
+    Raises:
+        DataError: there are none.
+    """
     if request.data is None:
         raise ConfigError(f"rlhf eval: {request.models[0].name} has no data artifact; name an artifact of a pipeline")
-    folder = Path(request.data) / share / "test"
-    if not folder.exists():
-        raise DataError(f"data.shares.{share}: is 0, so no row of it is held out")
-    data = load_from_disk(str(folder))
-    assert isinstance(data, Dataset)
-    if not len(data):
-        raise DataError(f"data.shares: no row of {share} is held out; raise data.shares.test or give more data")
-    return data.select(range(min(request.limit or len(data), len(data)))).to_list()
+    rows = open_rows(Path(request.data) / share / "test")
+    return rows.select(some_rows(len(rows), request.limit or len(rows), ROW_SEED)).to_list()
 
 
 class Prompts:

@@ -31,7 +31,7 @@ class EvalRequest(Frozen):
     gold: GoldName | None = None
     prompts: tuple[str, ...] | None = Field(default=None, description="instead of held-out prompts")
     raw: bool = Field(default=False, description="take `prompts` as they are, without turn markers")
-    limit: Positive | None = Field(default=None, description="first N held-out rows; default: all")
+    limit: Positive | None = Field(default=None, description="so many held-out rows, of all sources; default: all")
     max_new_tokens: Positive = 128
     temperature: Annotated[float, Field(gt=0)] = 1.0
     greedy: bool = False

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks
@@ -29,16 +30,28 @@ os._exit(0)
 
 def evaluate_rank(root: str, out: str, base: str | None, spec: dict, resources: dict, refs: str) -> dict:
     """One rank's run of the stage."""
-    from rlhf_core.evaluate import run
+    from rlhf_core.evaluate import Evaluator
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    refs = {k: ArtifactRef.model_validate(v) for k, v in json.loads(Path(root, refs).read_text()).items()}
+    found = {k: ArtifactRef.model_validate(v) for k, v in json.loads(Path(root, refs).read_text()).items()}
     folder = Path(out) if rank == 0 else Path(f"{out}-{rank}")
-    context = tiny.context(Store(f"file://{root}/store"), "evaluate", spec, refs, folder, rank, world, **resources)
+    context = tiny.context(Store(f"file://{root}/store"), "evaluate", spec, found, folder, rank, world, **resources)
     if base:
         job = context.job.model_copy(update={"model": ModelSpec.model_validate({"path": base})})
         context = type(context)(job, context.store, context.out, rank, world)
-    return run(context)
+    held: list[float] = []
+
+    class Weighed(Evaluator):
+        """Notes which share of each model's matrices lies on this rank."""
+
+        def placed(self, model: Any) -> Any:
+            placed = super().placed(model)
+            if resources.get("zero_stage") == 3:
+                large = [p for p in placed.parameters() if p.ds_numel >= 10_000]
+                held.append(sum(p.numel() + p.ds_tensor.numel() for p in large) / sum(p.ds_numel for p in large))
+            return placed
+
+    return Weighed(context).run() | {"largest_part": max(held, default=1.0)}
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +123,24 @@ def test_two_processes_write_the_bytes_of_one(root, plain, tmp_path):
     assert not list((tmp_path / "two-1").iterdir()), "only rank 0 writes"
 
 
+def test_at_zero_3_models_are_divided_and_nothing_changes_but_rounding(root, plain, tmp_path):
+    """Three ranks with 4 batches of 5 prompts: two of them run an empty one."""
+    out = tmp_path / "out"
+    metrics = evaluate(root, out, world=3, base=True, micro_batch=3, rollout_micro_batch=6, zero_stage=3)
+    assert [[a["text"] for a in row["answers"].values()] for row in samples(out)] == [
+        [a["text"] for a in row["answers"].values()] for row in samples(plain[0])
+    ]
+    for name in set(plain[1]) - {"seconds", "tokens_per_second", "largest_part"}:
+        assert metrics[name] == pytest.approx(plain[1][name], rel=1e-4, abs=1e-5), name
+    assert metrics["largest_part"] == pytest.approx(1 / 3, abs=0.01), "a rank held more than its part of a model"
+
+
 def test_batch_sizes_change_nothing_but_rounding(root, plain, tmp_path):
     metrics = evaluate(root, tmp_path / "out", base=True, micro_batch=64, rollout_micro_batch=64)
     assert [[a["text"] for a in row["answers"].values()] for row in samples(tmp_path / "out")] == [
         [a["text"] for a in row["answers"].values()] for row in samples(plain[0])
     ]
-    for name in set(metrics) - {"seconds", "tokens_per_second"}:
+    for name in set(metrics) - {"seconds", "tokens_per_second", "largest_part"}:
         assert metrics[name] == pytest.approx(plain[1][name], rel=1e-4, abs=1e-5), name
 
 

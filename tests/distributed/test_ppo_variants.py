@@ -10,7 +10,7 @@ LORA = {"rank": 4, "alpha": 8.0}
 SPECS = {
     "lora": {
         **COMMON, "critic_optim": OPTIM, "actor_lora": LORA, "critic_lora": LORA, "ema": {"decay": 0.9},
-        "ptx": {"coef": 0.5, "batch_size": 4}, "kl_controller": "adaptive",
+        "ptx": {"coef": 0.5, "batch_size": 5}, "kl_controller": "adaptive",
     },
     "grpo": {**COMMON, "advantage": "grpo", "samples_per_prompt": 2, "minibatches": 2},
 }  # fmt: skip

@@ -52,7 +52,9 @@ def evaluate(store: Store, made: Names, capfd, tmp_path: Path):
 
     def run(*words: object) -> tuple[int, str, str]:
         arguments = [made[w].id if w in made else w for w in map(str, words)]
-        before, sys.argv = sys.argv, ["rlhf", "eval", "--max-new-tokens", "8", *arguments, "--store", store.url]
+        answers = "--frontier" in words or not str([*words, "--"][1]).startswith("--")  # one target answers no prompt
+        short = ["--max-new-tokens", "8"] if answers else []
+        before, sys.argv = sys.argv, ["rlhf", "eval", *short, *arguments, "--store", store.url]
         try:
             cli.main()
             code = 0

@@ -59,3 +59,20 @@ def test_grpo_pays_the_kl_penalty_in_the_loss_and_the_others_in_the_reward():
     assert PPOSpec(advantage="grpo").kl_penalty == "loss"
     assert PPOSpec(advantage="rloo").kl_penalty == PPOSpec().kl_penalty == "reward"
     assert PPOSpec(advantage="grpo", kl_in="reward").kl_penalty == "reward"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 5, "critic_warmup": 5}, "none of the 5 rollouts"),
+        ({"steps": 5, "ema": {"start_step": 5}}, "never reached"),
+        ({"critic_lora": {"quantize": "nf4"}}, "critic_lora.quantize"),
+        ({"actor_lora": {"quantize": "nf4", "also_train": ["norms"]}}, "quantize and also_train"),
+        ({"actor_lora": {"dropout": 0.1}}, "dropout is off in PPO"),
+        ({"advantage": "rloo", "gamma": 0.9}, "gamma 0.9"),
+        ({"rewards": []}, "empty"),
+    ],
+)
+def test_what_would_silently_mean_nothing_is_refused(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        PPOSpec.model_validate(fields)

@@ -336,7 +336,12 @@ def test_chat_without_a_stage_talks_to_the_last_model_and_model_names_another(fi
         (["sft", "--frontier"], "needs one target, an artifact of ppo"),
         (["data"], "holds no language model"),
         (["sft", "ppo", "reward"], "one target or two"),
-        (["sft", "--greedy"], "--greedy: is for two models side by side"),
+        (["sft", "--greedy"], "--greedy: is for models that answer prompts"),
+        (["reward", "--seed", "0"], "--seed: is for models that answer prompts"),
+        (["sft", "--raw"], "--raw: is for models that answer prompts"),
+        (["sft", "--temperature", "0.5"], "--temperature: is for models that answer prompts"),
+        (["sft", "--max-new-tokens", "5"], "--max-new-tokens: is for models that answer prompts"),
+        (["sft", "--reward", "reward"], "--reward: is for models that answer prompts"),
         (["sft", "ppo", "--gold", "silver"], "use quickstart or vader"),
         (["sft", "ppo", "--prompts", "empty.txt"], "write one prompt a line"),
         (["sft", "ppo", "--prompts", "bad.jsonl"], "line 1 is no JSON object with a 'prompt'"),
@@ -350,6 +355,11 @@ def test_eval_refuses_what_does_not_go_together(file, published, capfd, words, m
     code, _, err = rlhf(capfd, "eval", *words, "--store", published[0].url)
     assert code == 2
     assert message in err.replace("\n", " ")
+
+
+def test_the_help_promises_no_more_than_that_finished_stages_are_reused(file, capfd):
+    said = " ".join(rlhf(capfd, "run", "--help")[1].replace("│", " ").split())
+    assert "start again one that was cut off" in said and "resume" not in said
 
 
 def test_version_and_help(capfd, tmp_path):

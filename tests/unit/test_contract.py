@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_core.artifacts import FileEntry, Manifest, describe, fetch, list_manifests, make_ref, publish, read_manifest
+from rlhf_core.artifacts import (
+    FileEntry,
+    Manifest,
+    describe,
+    fetch,
+    job_cache,
+    list_manifests,
+    make_ref,
+    publish,
+    read_manifest,
+)
 from rlhf_core.canonical import canonical_json, differences, fingerprint
 from rlhf_core.config import load_config, parse_config
 from rlhf_core.errors import ConfigError, IntegrityError, is_transient
@@ -85,6 +95,49 @@ def test_a_wrong_configuration_names_the_field_and_the_rule(change, words):
         parse_config({**BASE, **change})
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("share", "change", "stage"),
+    [
+        ("sft", {}, "sft"),
+        ("reward", {}, "reward"),
+        ("reward", {"method": "dpo"}, "dpo"),
+        ("ppo", {}, "ppo"),
+        ("ppo", {"method": "dpo"}, "evaluate"),
+    ],
+)
+def test_a_share_that_a_stage_reads_cannot_be_zero(share, change, stage):
+    data = {**BASE["data"], "shares": {share: 0}}
+    with pytest.raises(ConfigError, match=rf"data\.shares\.{share} is 0, but the {stage} stage.*greater than 0"):
+        parse_config({**BASE, **change, "data": data})
+
+
+def test_the_share_of_a_stage_that_the_pipeline_lacks_may_be_zero():
+    judged = {"rewards": [{"kind": "function", "function": "a.py:f"}], "advantage": "rloo"}
+    parse_config({**BASE, "ppo": judged, "data": {**BASE["data"], "shares": {"reward": 0}}})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"evaluate": {"max_response_tokens": 400}},
+            r"evaluate\.max_response_tokens 400 = 656 exceeds model\.positions",
+        ),
+        ({"ppo": {"max_response_tokens": 400}}, r"ppo\.max_response_tokens 400 = 656 exceeds model\.positions 600"),
+        ({"reward": {"model": {"family": "gpt2"}}}, r"256 = 512 exceeds reward\.model\.positions 128"),
+    ],
+)
+def test_every_stages_answers_must_fit_every_new_model(change, words):
+    with pytest.raises(ConfigError, match=words):
+        parse_config({**BASE, **change})
+
+
+def test_what_the_pipeline_does_not_run_need_not_fit():
+    other = {"ppo": {"max_response_tokens": 400}, "reward": {"model": {"family": "gpt2"}}}
+    parse_config({**BASE, "method": "dpo", **other})
+    parse_config({**BASE, "reward": {"model": {"family": "gpt2"}, "tokenizer": {"path": "elsewhere"}}})
 
 
 def test_overrides_reach_nested_fields_and_lists_and_replace_the_models_origin(tmp_path):
@@ -184,6 +237,51 @@ def test_damage_is_detected_before_publishing_and_before_reading(damage, tmp_pat
     hurt()
     with pytest.raises(IntegrityError, match=r"w\.bin"):
         fetch(store, manifest.ref, tmp_path / "cache")
+
+
+def put_artifact(store: Store, folder: Path, text: str) -> Manifest:
+    """The same artifact each time (one fingerprint), with this text in its file."""
+    folder.mkdir()
+    (folder / "a.txt").write_text(text)
+    ref = make_ref("sft", "demo", {"a": 1}, {})
+    store.upload(folder / "a.txt", f"{ref.id}/a.txt")
+    manifest = Manifest(ref=ref, spec={"a": 1}, files=describe(folder))
+    store.write(f"{ref.id}/manifest.json", manifest.model_dump_json().encode())
+    return manifest
+
+
+def test_an_artifact_that_was_built_anew_or_is_of_another_store_is_fetched_anew(tmp_path):
+    cache, stores = tmp_path / "cache", [Store(f"memory://{tmp_path.name}-{i}") for i in range(2)]
+    for number, (store, text) in enumerate([(stores[0], "first"), (stores[0], "again"), (stores[1], "other")]):
+        ref = put_artifact(store, tmp_path / str(number), text).ref
+        assert (fetch(store, ref, cache)[0] / "a.txt").read_text() == text
+    assert (fetch(stores[0], ref, cache)[0] / "a.txt").read_text() == "again"
+
+
+@pytest.mark.parametrize("damage", ["changed", "truncated", "missing"])
+def test_a_fetched_file_that_is_not_what_it_was_is_fetched_again(damage, tmp_path):
+    store = Store(f"memory://{tmp_path.name}")
+    ref = put_artifact(store, tmp_path / "out", "content").ref
+    file = fetch(store, ref, tmp_path / "cache")[0] / "a.txt"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_text("CONTENT" if damage == "changed" else "cont")
+    assert (fetch(store, ref, tmp_path / "cache")[0] / "a.txt").read_text() == "content"
+
+
+def test_the_cache_is_private_and_one_that_others_may_write_to_is_refused(tmp_path):
+    store = Store(f"memory://{tmp_path.name}")
+    ref = put_artifact(store, tmp_path / "out", "content").ref
+    fetch(store, ref, tmp_path / "own")
+    assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "link").symlink_to(tmp_path / "own")
+    for folder in ("open", "link"):
+        with pytest.raises(ConfigError, match=f"{folder}: others may have written"):
+            fetch(store, ref, tmp_path / folder)
+    assert str(os.getuid()) in job_cache().name
 
 
 def test_a_manifest_from_a_newer_schema_or_of_nonsense_is_an_error_not_an_absence(tmp_path):

@@ -16,10 +16,10 @@ from rlhf_core.data.digests import DigestTable
 BUILD = """
 import pathlib, sys, threading, time
 from test_data_build import FileSource, Shares, TokenizerSpec, build
-from rlhf_core.data import encode, files, tables
+from rlhf_core.data import files, plain, tables
 
 # What is in hand at a time is made small, so that the smaller data set fills it too.
-tables.BATCH, encode.CHARACTERS, files.CHUNK = 50, 1 << 16, 1 << 16
+tables.BATCH, plain.CHARACTERS, files.CHUNK = 50, 1 << 16, 1 << 16
 out, path, peak, done = pathlib.Path(sys.argv[1]), sys.argv[2], 0, False
 
 def held():  # memory of the process itself, not pages of files that the system may drop

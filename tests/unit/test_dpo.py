@@ -58,7 +58,7 @@ def test_ipo_stops_at_its_margin_and_smoothing_stops_at_the_odds_of_a_right_labe
 
 
 def test_accuracy_and_loss_are_told_by_source_where_there_are_several():
-    rows = [{"source": "a"}] * 4 + [{"source": "b"}] * 2
+    rows = ["a"] * 4 + ["b"] * 2
     metrics = accuracy_metrics(np.array([True, True, True, False, False, False]), rows)
     assert (metrics["accuracy"], metrics["accuracy_a"], metrics["accuracy_b"]) == (0.5, 0.75, 0.0)
     assert metrics["accuracy_low"] < 0.5 < metrics["accuracy_high"]

@@ -172,6 +172,35 @@ def test_without_a_reward_model_the_critic_starts_at_zero(folders, monkeypatch, 
         trainer_of(folders, PPOSpec(**FAST), critic=None)
 
 
+def test_a_functions_scores_are_not_clipped_to_the_reward_models_range(folders, monkeypatch, tmp_path):
+    monkeypatch.setenv("RLHF_ALLOW_CODE", "1")
+    (tmp_path / "r.py").write_text("def f(prompts, responses):\n    return [float(len(r)) for r in responses]\n")
+    rewards = [{"kind": "function", "function": f"{tmp_path}/r.py:f"}]
+    spec = PPOSpec(advantage="rloo", rewards=rewards, missing_eos_penalty=None, kl_coef=0.0, **FAST)
+    trainer = trainer_of(folders, spec, critic=None)
+    e = trainer.generate_experience(prompts())
+    assert float(e.scores.max()) > 5
+    gains = trainer.advantages(e)[0][:, 0].view(8, 4)
+    assert torch.allclose(gains, (e.scores.view(8, 4) * 4 - e.scores.view(8, 4).sum(1, keepdim=True)) / 3, atol=1e-4)
+
+
+def test_the_actors_schedule_begins_with_its_first_update(folders):
+    optim = OptimSpec(lr=1.0e-3, warmup_steps=4)
+    spec = PPOSpec(critic_warmup=1, ppo_epochs=2, actor_optim=optim, max_response_tokens=6, steps=3)
+    trainer = trainer_of(folders, spec)
+    learn(trainer, 1)
+    history = learn(trainer, 1)
+    assert history[0]["lr_actor"] == pytest.approx(1e-3 * (0.25 + 0.5) / 2)
+
+
+def test_long_work_gives_signs_of_life_within_a_rollout(folders):
+    trainer = trainer_of(folders, PPOSpec(ppo_epochs=2, **FAST), micro_batch=4, rollout_micro_batch=4)
+    signs: list[int] = []
+    trainer.on_life = lambda: signs.append(1)
+    learn(trainer, 1)
+    assert len(signs) == 2 + 2 + 2 * 2, "batches of answers, of scores, and of each update"
+
+
 def test_a_weighted_sum_of_sources_is_told_by_its_parts(folders, monkeypatch, tmp_path):
     monkeypatch.setenv("RLHF_ALLOW_CODE", "1")
     (tmp_path / "r.py").write_text("def f(prompts, responses):\n    return [1.0] * len(responses)\n")
@@ -211,6 +240,17 @@ class TestAnotherTokenizer:
             ids += [tokenizer.eos_token_id] if e.ended[row] else []
             score = judge(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))[0, -1].item()
             assert float(e.scores[row]) == pytest.approx(score, abs=1e-5)
+
+    def test_what_exceeds_that_models_positions_loses_its_beginning_and_is_counted(self, folders, tmp_path):
+        from rlhf_core.data.tokenizer import train
+        from rlhf_core.specs import TokenizerSpec
+
+        tokenizer = train([" ".join(tiny.WORDS)], TokenizerSpec(train_vocab_size=260))
+        spec = ModelSpec(family="gpt2", hidden_size=16, layers=1, heads=2, positions=10)
+        save_value_model(ValueModel.from_causal_lm(new_causal_lm(spec, tokenizer, 3), 3), tokenizer, tmp_path / "short")
+        trainer = trainer_of(folders, PPOSpec(**FAST), critic=str(tmp_path / "short"))
+        history = learn(trainer, 1)
+        assert 0 < history[0]["answers_cut"] <= 1
 
     def test_a_critic_with_other_tokens_learns(self, folders, other, tmp_path):
         trainer = trainer_of(folders, PPOSpec(value_clip=None, **FAST), critic=other)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
+from rlhf_core import retokenize
 from rlhf_core.data.encode import Encoder
 from rlhf_core.data.template import Turn
 from rlhf_core.data.tokenizer import configured, load
@@ -131,6 +132,27 @@ def test_tokenizers_that_are_the_same_need_nothing_and_the_others_something(toke
             assert retokenizer.convert(prompt, response) == prompt + response
             places = retokenizer.align(prompt, response)
             assert places[0] == len(prompt) - 1 and places[-1] == len(prompt + response) - 2
+
+
+def test_tables_are_made_only_for_tokenizers_that_differ(tokenizers, monkeypatch):
+    made = []
+    monkeypatch.setattr(retokenize, "token_bytes", lambda tokenizer: made.append(tokenizer) or token_bytes(tokenizer))
+    monkeypatch.setattr(retokenize, "_shared_specials", lambda *both: made.append(both) or {})
+    assert Retokenizer(tokenizers["opt-tokenizer"], tokenizers["opt-tokenizer"]).same and not made
+    other = Retokenizer(tokenizers["opt-tokenizer"], tokenizers["gpt2-tokenizer"])
+    assert not made
+    for _ in range(2):
+        other.convert([5], [6])
+    assert len(made) == 2
+
+
+def test_two_tokenizers_of_a_kind_that_cannot_be_told_apart_into_bytes_are_the_same_if_they_are():
+    from tokenizers import decoders
+
+    pair = [tiny.tokenizer(), tiny.tokenizer()]
+    for tokenizer in pair:
+        tokenizer.backend_tokenizer.decoder = decoders.WordPiece()
+    assert Retokenizer(*pair).same
 
 
 def test_words_convert_too_and_an_answer_aligns_after_its_end(tokenizers):

@@ -11,6 +11,7 @@ from datasets import Dataset
 from pydantic import ValidationError
 
 from rlhf_core.artifacts import ArtifactRef
+from rlhf_core.batches import some_rows
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.retokenize import Retokenizer
 from rlhf_core.reward import RewardTrainer
@@ -39,7 +40,7 @@ def test_a_reward_model_of_another_family_reads_its_own_tokens(tiny_root, tmp_pa
     assert tokenizer.pad_token == "<unk>"
     rows = Dataset.load_from_disk(str(tiny_root / "data" / "reward" / "test")).to_list()
     data, right = tiny.tokenizer(), 0
-    for row, scores in zip(rows, stage.score_pairs(rows, "evaluate", stage._scores), strict=True):
+    for row, scores in zip(rows, stage.score_pairs(stage.test_rows, "evaluate", stage._scores), strict=True):
         for answer, score in zip((row["chosen_ids"], row["rejected_ids"]), scores, strict=True):
             text = data.decode(row["prompt_ids"] + answer[:-1])
             ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
@@ -55,6 +56,27 @@ def test_a_model_that_brings_no_tokenizer_reads_the_datas(tiny_root, tmp_path):
     assert json.loads((tmp_path / "model" / "config.json").read_text())["architectures"] == [
         "GPT2ForSequenceClassification"
     ]
+
+
+def test_tokens_named_for_the_reward_model_count_where_it_reads_the_datas_tokenizer(tiny_root, tmp_path):
+    spec = {**SPEC, "model": NEW, "tokenizer": {"eos_token": "w7", "pad_token": "<eos>", "chat_template": "{{ 1 }}"}}
+    stage = trainer(tiny_root, tmp_path, spec)
+    assert (stage.reads.eos_token, stage.reads.pad_token, stage.reads.chat_template) == ("w7", "<eos>", "{{ 1 }}")
+    assert (stage.tokenizer.eos_token, stage.tokenizer.pad_token) == ("<eos>", "<pad>"), "the data's stays as it is"
+    row = stage.train_rows[0]
+    assert stage._text(row, "chosen_ids") == [*row["prompt_ids"], *row["chosen_ids"][:-1], stage.reads.eos_token_id]
+    with pytest.raises(ConfigError, match=r"reward.tokenizer.pad_token: 'none' is not in the vocabulary"):
+        trainer(tiny_root, tmp_path, {**SPEC, "model": NEW, "tokenizer": {"pad_token": "none"}})
+
+
+def test_moments_are_of_a_sample_of_the_training_pairs(tiny_root, tmp_path, monkeypatch):
+    stage = trainer(tiny_root, tmp_path, SPEC)
+    everything = stage.score_pairs(stage.train_rows, "all", stage._scores)
+    assert stage.moments() == pytest.approx((everything.mean(), everything.std()), abs=1e-5), "all of up to 512"
+    monkeypatch.setattr("rlhf_core.reward.MOMENT_PAIRS", 10)
+    some = everything[some_rows(len(everything), 10, seed=0)]
+    assert stage.moments() == pytest.approx((some.mean(), some.std()), abs=1e-5)
+    assert abs(some.mean() - everything[:10].mean()) > 1e-4
 
 
 def test_a_tokenizer_of_the_same_vocabulary_is_not_converted_to(tiny_root, tmp_path):

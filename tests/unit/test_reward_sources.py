@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from rlhf_core import reward_sources
 from rlhf_core.errors import ConfigError, NonFiniteError
@@ -29,7 +30,7 @@ def serve(monkeypatch):
         class Endpoint(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                seen.append(body)
+                seen.append({**body, "authorization": self.headers["Authorization"]})
                 status, text = respond(len(seen), body)
                 self.send_response(status)
                 self.end_headers()
@@ -136,6 +137,26 @@ def test_a_function_that_is_not_there_is_named(wrong, monkeypatch):
     monkeypatch.setenv("RLHF_ALLOW_CODE", "1")
     with pytest.raises(ConfigError, match=r"ppo.rewards\[0\].function"):
         judge_of(FunctionReward(function=wrong), "ppo.rewards[0]")
+
+
+def test_a_function_that_fails_ends_the_stage_with_its_own_words(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_ALLOW_CODE", "1")
+    (tmp_path / "bad.py").write_text("def f(prompts, responses):\n    return [1 / 0]\n")
+    with pytest.raises(ConfigError, match=r"(?s)bad.py:f failed:.*ZeroDivisionError"):
+        judge_of(FunctionReward(function=f"{tmp_path}/bad.py:f"), "ppo.rewards[0]")(["a"], ["x"])
+
+
+def test_credentials_come_from_the_environment_and_are_refused_in_the_url(serve, monkeypatch):
+    url, seen = serve(lengths)
+    monkeypatch.setenv("JUDGE_TOKEN", "secret")
+    assert judge_of(http(url, token_env="JUDGE_TOKEN"), "ppo.rewards[0]")(["a"], ["xx"]) == [2.0]
+    assert seen[0]["authorization"] == "Bearer secret"
+    monkeypatch.delenv("JUDGE_TOKEN")
+    with pytest.raises(ConfigError, match=r"token_env: JUDGE_TOKEN is not set"):
+        judge_of(http(url, token_env="JUDGE_TOKEN"), "ppo.rewards[0]")
+    for wrong in ("http://user:secret@host/score", "http://host/score?key=secret"):
+        with pytest.raises(ValidationError, match="url"):
+            http(wrong)
 
 
 def test_a_name_that_is_no_function_is_refused(function, monkeypatch):

@@ -141,13 +141,16 @@ def _what(job: JobSpec, folder: str, config: Mapping[str, Any], value: bool) -> 
 
 def _use(folder: str, config: Mapping[str, Any], value: bool, dialogue: bool) -> str:
     if not value:
-        chat = '[{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True'
-        prompt = f"prompt = tokenizer.apply_chat_template({chat})\n" if dialogue else ""
+        # A template writes its own BOS, so the text must not be tokenised as any other.
+        chat = (
+            '[{"role": "user", "content": message}], add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        )
+        inputs = f"tokenizer.apply_chat_template({chat})" if dialogue else 'tokenizer(prompt, return_tensors="pt")'
         return (
             "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
             f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
-            f'{prompt}inputs = tokenizer(prompt, return_tensors="pt")\n'
+            f"inputs = {inputs}\n"
             "answer = model.generate(**inputs, do_sample=True, max_new_tokens=128)\n```"
         )
     if not config.get("architectures"):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from rlhf_core import lora
-from rlhf_core.partitioned import saved_name
+from rlhf_core.partitioned import release_freed, saved_name
 from rlhf_core.specs import LoRASpec
 
 SHARD_BYTES = 2_000_000_000
@@ -158,6 +158,7 @@ def _write_weights(weights: list[lora.Weight], folder: Path, shard_bytes: int) -
         if i + 1 == len(weights) or shards[i + 1] != shards[i]:
             save_file(held, str(folder / names[shards[i]]), metadata={"format": "pt"})
             held = {}
+            release_freed()
     if main and count > 1:
         index = {
             "metadata": {"total_size": sum(sizes)},

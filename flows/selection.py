@@ -12,7 +12,7 @@ from rlhf_core.artifacts import read_manifest
 from rlhf_core.config import PipelineConfig
 from rlhf_core.errors import ConfigError
 from rlhf_core.gold import gold_reward
-from rlhf_core.plan import StagePlan, make_plan, pipeline_stages, plan_stage, stage_refs
+from rlhf_core.plan import StagePlan, make_plan, plan_stage, stage_refs
 from rlhf_core.sources import check_positions
 from rlhf_core.specs import StageName
 from rlhf_core.store import Store
@@ -26,7 +26,7 @@ def forced_stages(
     Raises:
         ConfigError: the pipeline has no such stage.
     """
-    stages = pipeline_stages(config)
+    stages = config.stages
     for stage in force:
         require_stage(config, stage)
     if first:
@@ -37,13 +37,14 @@ def forced_stages(
 
 def require_stage(config: PipelineConfig, stage: StageName) -> None:
     """ConfigError if the configured pipeline has no such stage."""
-    stages = pipeline_stages(config)
-    if stage in stages:
+    if stage in config.stages:
         return
     why = f"method is {config.method}"
     if stage == "reward" and config.method == "ppo":
         why = "ppo.rewards names no source of kind model"
-    raise ConfigError(f"stage {stage!r} is not part of this pipeline ({why}); its stages are {', '.join(stages)}")
+    raise ConfigError(
+        f"stage {stage!r} is not part of this pipeline ({why}); its stages are {', '.join(config.stages)}"
+    )
 
 
 def plan_single(config: PipelineConfig, stage: StageName, store: Store, force: bool = False) -> StagePlan:
@@ -71,9 +72,7 @@ def plan_run(
     for judged in (config.data.sampled_pairs, config.evaluate):
         if judged and judged.gold:
             gold_reward(judged.gold)  # it may need a package, and evaluation comes last
-    ppo = config.ppo.max_response_tokens if config.method == "ppo" else None
-    answers = max(config.data.max_response_tokens, ppo or 0, config.evaluate.max_response_tokens or 0)
-    check_positions(config.model, config.data.max_prompt_tokens, answers)
+    check_positions(config.model, config.data.max_prompt_tokens, max(config.answer_limits.values()))
     if config.method == "ppo":
         check_functions(config)
     if only:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core import ppo_math as pm
-from rlhf_core.batches import deal, right_pad
+from rlhf_core.batches import deal, right_pad, right_padded
 from rlhf_core.experience import Experience, concatenate
 from rlhf_core.models import positions_of
 from rlhf_core.ppo_args import PPOArgs
@@ -113,9 +113,9 @@ class AnswerScorer:
                 self._other_ids[name] = self._within_positions(ids, index)
         both = [self._other_ids[name] for name in rows.sample_ids.tolist()]
         device, pad = rows.prompt_ids.device, self.engine.reward_tokenizer.pad_token_id
-        mask = right_pad([[1] * len(ids) for ids, _ in both], 0, device)
+        ids, mask = right_padded([ids for ids, _ in both], pad, device)
         index = pad_to(right_pad([index for _, index in both], 0, device), rows.response_ids.shape[1], 0)
-        return right_pad([ids for ids, _ in both], pad, device), mask, index
+        return ids, mask, index
 
     def _within_positions(self, ids: list[int], index: list[int]) -> tuple[list[int], list[int]]:
         """The end of an answer that is too long for critic and reward model in their tokens, and its alignment."""

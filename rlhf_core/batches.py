@@ -146,6 +146,27 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
 
+def pair_lengths(rows: Dataset) -> np.ndarray:
+    """Tokens of each pair's prompt and longer answer, `[pairs]`, without reading the pairs."""
+    answers = np.maximum(row_lengths(rows, "chosen_ids"), row_lengths(rows, "rejected_ids"))
+    return row_lengths(rows, "prompt_ids") + answers
+
+
+def pair_length(row: Row) -> int:
+    """Tokens of a pair's prompt and longer answer."""
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def pair_tokens(rows: Sequence[Row]) -> int:
+    """Tokens of all pairs: each prompt with each of its two answers."""
+    return sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)
+
+
+def right_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of ids to `[batch, tokens]` ids and mask, padded on the right."""
+    return right_pad(rows, pad, device), right_pad([[1] * len(row) for row in rows], 0, device)
+
+
 def right_pad(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
     """Lists to `[batch, tokens]`, padded on the right."""
     width = max(1, max(len(row) for row in rows))

@@ -66,14 +66,12 @@ class PipelineConfig(Frozen):
 
     @model_validator(mode="after")
     def _fits_positions(self) -> Self:
-        answers = {"data": self.data.max_response_tokens, "evaluate": self.evaluate.max_response_tokens or 0}
-        if self.method == "ppo":
-            answers["ppo"] = self.ppo.max_response_tokens or 0
+        answers = self.answer_limits
         stage = max(answers, key=lambda name: answers[name])
         longest = self.data.max_prompt_tokens + answers[stage]
         models = {"model": self.model}
         # With a tokenizer of its own a reward model reads other numbers of tokens; the job counts those.
-        if self._trains_reward and self.reward.model and not (self.reward.tokenizer and self.reward.tokenizer.path):
+        if "reward" in self.stages and self.reward.model and not (self.reward.tokenizer and self.reward.tokenizer.path):
             models["reward.model"] = self.reward.model
         for field, model in models.items():
             if model.family and longest > model.positions:
@@ -85,22 +83,35 @@ class PipelineConfig(Frozen):
 
     @model_validator(mode="after")
     def _shares_are_read(self) -> Self:
-        readers = {"sft": "the sft stage", "ppo": "the evaluate stage" if self.method == "dpo" else "the ppo stage"}
-        if self.method == "dpo":
-            readers["reward"] = "the dpo stage"
-        elif self._trains_reward:
-            readers["reward"] = "the reward stage"
-        for share, reader in readers.items():
-            if getattr(self.data.shares, share) == 0:
+        readers: dict[str, tuple[StageName, ...]] = {
+            "sft": ("sft",), "ppo": ("ppo", "evaluate"), "reward": ("reward", "dpo")
+        }  # fmt: skip
+        for share, stages in readers.items():
+            reader = next((stage for stage in stages if stage in self.stages), None)
+            if reader and getattr(self.data.shares, share) == 0:
                 raise ValueError(
-                    f"data.shares.{share} is 0, but {reader} of this pipeline reads that share; make it greater than 0"
+                    f"data.shares.{share} is 0, but the {reader} stage of this pipeline reads that share; "
+                    "make it greater than 0"
                 )
         return self
 
     @property
-    def _trains_reward(self) -> bool:
-        """Whether the pipeline has a reward stage."""
-        return self.method == "ppo" and self.ppo.uses_reward_model
+    def stages(self) -> tuple[StageName, ...]:
+        """The stages of this pipeline, in order; the reward stage only where something uses its model."""
+        if self.method == "dpo":
+            return ("data", "sft", "dpo", "evaluate")
+        reward: tuple[StageName, ...] = ("reward",) if self.ppo.uses_reward_model else ()
+        return ("data", "sft", *reward, "ppo", "evaluate")
+
+    @property
+    def answer_limits(self) -> dict[StageName, int]:
+        """The longest answers, tokens, of the stages of this pipeline that set a limit of their own (0: none)."""
+        limits: dict[StageName, int] = {
+            "data": self.data.max_response_tokens,
+            "evaluate": self.evaluate.max_response_tokens or 0,
+            "ppo": self.ppo.max_response_tokens or 0,
+        }
+        return {stage: limit for stage, limit in limits.items() if stage in self.stages}
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> PipelineConfig:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_core.batches import Row, epoch_order, longest, right_pad, sources_of
+from rlhf_core.batches import Row, epoch_order, longest, pair_length, pair_tokens, right_padded, sources_of
 from rlhf_core.context import JobContext
 from rlhf_core.distributed import sum_over_ranks
 from rlhf_core.engine import check_finite, grad_norm, set_lr, zero_init
@@ -22,7 +22,7 @@ from rlhf_core.models import check_positions, load_causal_lm
 from rlhf_core.rollout import left_pad
 from rlhf_core.scoring import response_scores
 from rlhf_core.specs import DPOSpec
-from rlhf_core.trainer import Trainer, accuracy_metrics, pair_length
+from rlhf_core.trainer import Trainer, accuracy_metrics
 
 REFERENCE_ROWS = 1024  # rows dealt at once while the reference's numbers are computed
 
@@ -83,7 +83,7 @@ class DPOTrainer(Trainer[DPOSpec]):
             sums += torch.stack([loss.detach(), right, *ratios.detach().sum(0), *logprobs.detach().sum(0)]).tolist()
         self.engine.step()
         loss_sum, right, chosen, rejected, *logprobs = (value / n for value in sum_over_ranks(sums.tolist()))
-        tokens = sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)
+        tokens = pair_tokens(rows)
         self.tokens += tokens
         return {
             "loss": loss_sum,
@@ -111,8 +111,7 @@ class DPOTrainer(Trainer[DPOSpec]):
         device, pad = self.ranks.device, self.tokenizer.pad_token_id
         prompts, prompt_mask = left_pad([r["prompt_ids"] for r in rows] * 2, pad, device)
         answers = [r["chosen_ids"] for r in rows] + [r["rejected_ids"] for r in rows]
-        ids = right_pad(answers, pad, device)
-        mask = right_pad([[1] * len(a) for a in answers], 0, device)
+        ids, mask = right_padded(answers, pad, device)
         scores = response_scores(self.engine, prompts, prompt_mask, ids, mask)
         totals = scores.logprobs.where(mask.bool(), 0.0).sum(1)
         if self.spec.loss == "ipo":

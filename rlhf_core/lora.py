@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf_core.errors import ConfigError
+from rlhf_core.partitioned import shape_of
 from rlhf_core.specs import LoRASpec
 
 ADAPTER = "default"
@@ -48,7 +50,8 @@ def add_lora(model: nn.Module, spec: LoRASpec, field: str, seed: int = 0) -> Non
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    known = linear_names(model)
+    linears = linear_layers(model)
+    known = {_last(name) for name in linears}
     if spec.quantize and not any(hasattr(p, "quant_state") for p in model.parameters()):
         raise ConfigError(f"{field}.quantize: {spec.quantize} must be applied when the model is loaded")
     targets = set(spec.targets) if spec.targets else known
@@ -56,15 +59,9 @@ def add_lora(model: nn.Module, spec: LoRASpec, field: str, seed: int = 0) -> Non
         raise ConfigError(
             f"{field}.targets: {unknown[0]!r} is no linear layer of this model's blocks; there are {', '.join(sorted(known))}"
         )
-    blocks = blocks_of(model)
-    chosen = [
-        name
-        for name, module in model.named_modules()
-        if name.startswith(f"{blocks}.") and _is_linear(module) and name.rpartition(".")[2] in targets
-    ]
+    chosen = [name for name in linears if _last(name) in targets]
     config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=chosen)  # pyright: ignore
-    conv = any(type(module).__name__ == "Conv1D" for name, module in model.named_modules() if name in set(chosen))
-    config.fan_in_fan_out = conv
+    config.fan_in_fan_out = any(_is_conv(linears[name]) for name in chosen)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, ADAPTER)
@@ -79,17 +76,22 @@ def blocks_of(model: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+def _is_conv(module: nn.Module) -> bool:
+    """GPT-2's linear layer, whose weight lies the other way."""
+    return type(module).__name__ == "Conv1D"
 
 
-def linear_names(model: nn.Module) -> set[str]:
-    """Last parts of the names of all linear layers in the blocks: the default targets of any family."""
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All linear layers of the blocks by name, in order: the default targets of any family."""
     blocks = blocks_of(model)
     return {
-        name.rpartition(".")[2]
+        name: module
         for name, module in model.named_modules()
-        if name.startswith(f"{blocks}.") and _is_linear(module)
+        if name.startswith(f"{blocks}.") and (isinstance(module, nn.Linear) or _is_conv(module))
     }
 
 
@@ -110,15 +112,10 @@ def _also_trained(model: nn.Module, spec: LoRASpec) -> set[str]:
         elif name.endswith(".bias"):
             kind = "biases"
         else:
-            kind = "norms" if _dimensions(parameter) == 1 else ""
+            kind = "norms" if len(shape_of(parameter)) == 1 else ""
         if kind in spec.also_train:
             kinds.add(name)
     return kinds
-
-
-def _dimensions(parameter: Tensor) -> int:
-    """Dimensions of a weight, also where ZeRO-3 has partitioned it."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def layers(model: nn.Module) -> list[tuple[str, Any]]:
@@ -128,15 +125,9 @@ def layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
-def has_lora(model: nn.Module) -> bool:
-    """Whether adapters were injected."""
-    return any(".lora_" in name for name, _ in model.named_parameters())
-
-
 @contextlib.contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
+def adapters_off(adapted: Sequence[Any]) -> Iterator[None]:
     """The base model for as long as this lasts. Only the switch moves: peft's own would also stop the adapters' gradients."""
-    adapted = [layer for _, layer in layers(model)]
     for layer in adapted:
         layer._disable_adapters = True
     try:
@@ -158,19 +149,23 @@ class WithoutAdapters:
         self.engine = engine
         self.module = engine.module
         self.head = head
+        self._adapted = [layer for _, layer in layers(self.module)]
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
         """A forward pass with the adapters off and the first head."""
-        if self.head is None:
-            with adapters_off(self.module):
-                return self.engine(*args, **inputs)
-        trained = self.module.score
+        with adapters_off(self._adapted), self._first_head():
+            return self.engine(*args, **inputs)
+
+    @contextlib.contextmanager
+    def _first_head(self) -> Iterator[None]:
+        trained = getattr(self.module, "score", None)
         try:
-            self.module.score = self.head
-            with adapters_off(self.module):
-                return self.engine(*args, **inputs)
+            if self.head is not None:
+                self.module.score = self.head
+            yield
         finally:
-            self.module.score = trained
+            if self.head is not None:
+                self.module.score = trained
 
     def eval(self) -> "WithoutAdapters":
         """Switch dropout off in the shared model."""
@@ -180,16 +175,12 @@ class WithoutAdapters:
 
 def whole(parameter: Tensor) -> Tensor:
     """A copy of a whole weight on every rank, gathered where ZeRO-3 has partitioned it."""
-    if not hasattr(parameter, "ds_id"):
-        return parameter.detach().clone()
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter]):
+    with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
         return parameter.detach().clone()
 
 
-def weights(model: nn.Module, merge: bool = True) -> list[Weight]:
-    """The weights of a saved model, tied ones once, in the order of the model; adapters merged, or left out.
+def weights(model: nn.Module) -> list[Weight]:
+    """The weights of a saved model, tied ones once, in the order of the model; adapters merged.
 
     Buffers that belong to the state dict come last.
     """
@@ -201,7 +192,7 @@ def weights(model: nn.Module, merge: bool = True) -> list[Weight]:
         owner, _, leaf = name.rpartition(".base_layer.")
         layer = adapted.get(owner) if leaf == "weight" else None
         plain = name.replace(".base_layer.", ".")
-        if layer is None or not merge:
+        if layer is None:
             found.append(Weight(plain, [parameter], unquantized))
         else:
             found.append(_merged(plain, layer, parameter))
@@ -292,4 +283,4 @@ def write_adapter(folder: Path, state: dict[str, Tensor], model: nn.Module, spec
 
 def trained(model: nn.Module) -> int:
     """Number of parameters that are trained."""
-    return sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters() if p.requires_grad)
+    return sum(shape_of(p).numel() for p in model.parameters() if p.requires_grad)

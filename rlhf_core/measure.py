@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rlhf_core.batches import right_pad
+from rlhf_core.batches import right_padded
 from rlhf_core.comparison import TokenLoss
 from rlhf_core.models import ValueModel, check_positions, load_tokenizer, positions_of
 from rlhf_core.retokenize import Retokenizer
@@ -108,9 +108,8 @@ def token_losses(
     found: dict[int, TokenLoss] = {}
     for done, batch in enumerate(batches):
         read = [rows[i] for i in batch or [0]]
-        ids = right_pad([row["input_ids"] for row in read], pad, device)
-        mask = right_pad([[1] * len(row["input_ids"]) for row in read], 0, device)
-        nats, place = label_nats(model, ids, mask, right_pad([row["loss_mask"] for row in read], 0, device))
+        texts, labels = [row["input_ids"] for row in read], [row["loss_mask"] for row in read]
+        nats, place = label_nats(model, texts, labels, pad, device)
         counts = place.bincount(minlength=len(read)).tolist()
         sums = [own.double().sum().item() for own in nats.split(counts)]
         found.update({i: TokenLoss(s, n) for i, s, n in zip(batch, sums, counts, strict=False) if n})
@@ -208,5 +207,4 @@ class RewardScorer:
             limit = positions_of(self.model.config) or 0
             texts = [self.convert.convert(prompt, response)[-limit:] for prompt, response in rows]
         check_positions(self.model.config, max(len(text) for text in texts), 0)
-        mask = right_pad([[1] * len(text) for text in texts], 0, self.device)
-        return end_scores(self.model, right_pad(texts, self.own.pad_token_id, self.device), mask).tolist()
+        return end_scores(self.model, *right_padded(texts, self.own.pad_token_id, self.device)).tolist()

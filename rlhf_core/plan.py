@@ -15,17 +15,6 @@ from rlhf_core.specs import Frozen, StageName
 from rlhf_core.store import Store
 
 
-def pipeline_stages(config: PipelineConfig) -> tuple[StageName, ...]:
-    """The stages of the configured pipeline, in order; the reward stage only where something uses its model."""
-    if config.method == "dpo":
-        return ("data", "sft", "dpo", "evaluate")
-    return (
-        ("data", "sft", "reward", "ppo", "evaluate")
-        if config.ppo.uses_reward_model
-        else ("data", "sft", "ppo", "evaluate")
-    )
-
-
 def stage_inputs(config: PipelineConfig, stage: StageName) -> tuple[StageName, ...]:
     """The stages whose artifacts a stage reads."""
     before: dict[StageName, tuple[StageName, ...]] = {
@@ -36,8 +25,7 @@ def stage_inputs(config: PipelineConfig, stage: StageName) -> tuple[StageName, .
         "dpo": ("data", "sft"),
         "evaluate": ("data", "sft", "reward", "ppo", "dpo"),
     }
-    stages = pipeline_stages(config)
-    return tuple(name for name in before[stage] if name in stages)
+    return tuple(name for name in before[stage] if name in config.stages)
 
 
 class StagePlan(Frozen):
@@ -88,7 +76,7 @@ def stage_identity(config: PipelineConfig, stage: StageName, of: Digest = conten
 def stage_refs(config: PipelineConfig, of: Digest = content_id) -> dict[StageName, ArtifactRef]:
     """The artifact ids of all stages, in order."""
     refs: dict[StageName, ArtifactRef] = {}
-    for stage in pipeline_stages(config):
+    for stage in config.stages:
         inputs = {name: refs[name] for name in stage_inputs(config, stage)}
         refs[stage] = make_ref(stage, config.name, stage_identity(config, stage, of), {**inputs})
     return refs

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf_core import ppo_math as pm
 from rlhf_core.answer_scorer import AnswerScorer
-from rlhf_core.batches import Row, deal, right_pad
+from rlhf_core.batches import Row, deal
 from rlhf_core.distributed import sum_over_ranks
 from rlhf_core.engine import check_finite, grad_norm, set_lr
 from rlhf_core.errors import ConfigError, DataError
@@ -59,9 +59,8 @@ class DeepSpeedPPOTrainer:
         self.metrics: dict[str, float] = {}
         self.on_life: Callable[[], None] | None = None
         self.total_steps = engine.num_total_iters * self.spec.ppo_epochs * self.spec.minibatches
-        spec = self.spec
         self.vocabulary = len(self.tokenizer)
-        limit = self.args.max_response_tokens
+        spec, limit = self.spec, self.args.max_response_tokens
         self.sampling = Sampling(limit, spec.temperature, spec.top_k, spec.top_p, self.vocabulary)
         self.scorer = AnswerScorer(engine, self.args, self.tell)
 
@@ -81,8 +80,7 @@ class DeepSpeedPPOTrainer:
         numbers = self._next_names(len(prompts)) if ids is None else [int(i) for i in ids]
         names = [number * answers + k for number in numbers for k in range(answers)]
         prompts = [prompt for prompt in prompts for _ in range(answers)]
-        for engine in self.engine.models.values():
-            engine.eval()
+        self.eval()
         zero3 = self.engine.actor.zero_optimization_stage() == 3
         rollout = generate(
             self.engine.actor.module,
@@ -220,9 +218,8 @@ class DeepSpeedPPOTrainer:
         and all tokens of an answer share its advantage. Returns are the critic's targets (gae), else what was earned.
         """
         spec, mask = self.spec, e.response_mask
-        clip = (
-            spec.score_clip if spec.rewards is None else None
-        )  # of several sources, only the model's part was clipped
+        # Of several sources only the model's part is clipped, and has been.
+        clip = spec.score_clip if spec.rewards is None else None
         scores = pm.shaped_scores(e.scores, e.ended, clip, spec.missing_eos_penalty, spec.missing_eos)
         price = self.kl_coef if spec.kl_penalty == "reward" else 0.0
         kl = pm.kl_estimate(e.logprobs, e.ref_logprobs, spec.kl_estimator)
@@ -262,9 +259,8 @@ class DeepSpeedPPOTrainer:
         count = float(e.response_mask[chosen].sum())
         scale = self.ranks.world / count
         lengths = (e.prompt_mask[chosen].sum(1) + e.response_mask[chosen].sum(1)).tolist()
-        idle = (
-            spec.critic_warmup * spec.ppo_epochs * spec.minibatches
-        )  # the actor's schedule begins with its first update
+        # The actor's schedule begins with its first update.
+        idle = spec.critic_warmup * spec.ppo_epochs * spec.minibatches
         lr = set_lr(engine.actor, max(0, self.optimizer_step - idle), spec.actor_optim, self.total_steps - idle)
         sums, critic_loss, largest = np.zeros(len(ACTOR_SUMS)), 0.0, 0.0
         for part in deal(lengths, self.ranks.rank, self.ranks.world, self.resources.micro_batch):
@@ -343,18 +339,19 @@ class DeepSpeedPPOTrainer:
         for part in deal(lengths, self.ranks.rank, self.ranks.world, self.resources.micro_batch):
             # A rank without a row of its own runs one that does not count, as every pass is collective at ZeRO-3.
             texts = [rows[i]["input_ids"] for i in part or [0]]
-            loss = self._text_loss(texts, [rows[i]["loss_mask"] for i in part] or [[0] * len(texts[0])])
-            check_finite("ptx loss", loss)
-            self.engine.actor.backward(loss * (self.spec.ptx.coef * self.ranks.world / count))
-            total += loss.item()
+            labels = [rows[i]["loss_mask"] for i in part] or [[0] * len(texts[0])]
+            total += self._text_part("ptx loss", texts, labels, self.spec.ptx.coef / count)
         return sum_over_ranks([total])[0] / count
 
-    def _text_loss(self, texts: Sequence[Sequence[int]], labelled: Sequence[Sequence[int]]) -> Tensor:
-        """Sum of -log p over the labelled tokens of some texts under the actor."""
-        device = self.ranks.device
-        ids = right_pad(texts, self.tokenizer.pad_token_id, device)
-        mask = right_pad([[1] * len(text) for text in texts], 0, device)
-        return label_nats(self.engine.actor, ids, mask, right_pad(labelled, 0, device))[0].sum()
+    def _text_part(
+        self, name: str, texts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], weight: float
+    ) -> float:
+        """Backward of the actor on `weight` times the summed -log p of the labelled tokens of some texts; that sum."""
+        nats, _ = label_nats(self.engine.actor, texts, labels, self.tokenizer.pad_token_id, self.ranks.device)
+        loss = nats.sum()
+        check_finite(name, loss)
+        self.engine.actor.backward(loss * (weight * self.ranks.world))
+        return loss.item()
 
     def _critic_part(self, rows: Experience, targets: Tensor, scale: float) -> float:
         """Forward and backward of the critic on one micro-batch; the sum of its loss."""
@@ -398,8 +395,6 @@ class DeepSpeedPPOTrainerUnsupervised(DeepSpeedPPOTrainer):
         texts = [ids[mask].tolist() for ids, mask, _ in pairs]
         labelled = [count[mask].long().tolist() for _, mask, count in pairs]
         (count,) = sum_over_ranks([float(sum(sum(row[1:]) for row in labelled))])
-        loss = self._text_loss(texts, labelled)
-        check_finite("unsupervised loss", loss)
-        self.engine.actor.backward(loss * (unsup_coef * self.ranks.world / count))
+        total = self._text_part("unsupervised loss", texts, labelled, unsup_coef / count)
         self.engine.actor.step()
-        return sum_over_ranks([loss.item()])[0] / count
+        return sum_over_ranks([total])[0] / count

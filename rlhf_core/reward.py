@@ -15,18 +15,20 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from rlhf_core.batches import Row, longest, right_pad, some_rows, sources_of
+from rlhf_core.batches import Row, longest, pair_length, pair_tokens, right_padded, some_rows, sources_of
 from rlhf_core.context import JobContext
 from rlhf_core.data.tokenizer import configured, load
 from rlhf_core.distributed import gather, sum_over_ranks
 from rlhf_core.engine import check_finite, grad_norm, set_lr, zero_init
 from rlhf_core.errors import DataError
 from rlhf_core.export import save_value_model
+from rlhf_core.lora import blocks_of
 from rlhf_core.models import ValueModel, base_model, load_causal_lm, positions_of
+from rlhf_core.partitioned import shape_of
 from rlhf_core.retokenize import Retokenizer
 from rlhf_core.scoring import end_scores
 from rlhf_core.specs import ModelSpec, RewardSpec, TokenizerSpec
-from rlhf_core.trainer import Trainer, accuracy_metrics, pair_length
+from rlhf_core.trainer import Trainer, accuracy_metrics
 
 MOMENT_PAIRS = 512
 ANSWERS = ("chosen_ids", "rejected_ids")
@@ -84,7 +86,7 @@ class RewardTrainer(Trainer[RewardSpec]):
             sums += [loss.item(), right, (chosen - rejected).sum().item(), (chosen + rejected).sum().item() / 2]
         self.engine.step()
         loss_sum, right, margin, score = sum_over_ranks(sums.tolist())
-        tokens = sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)
+        tokens = pair_tokens(rows)
         self.tokens += tokens
         n = spec.batch_size
         return {
@@ -100,9 +102,8 @@ class RewardTrainer(Trainer[RewardSpec]):
     def _scores(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
         """Scores of chosen and rejected, `[pairs]` each, in one forward pass."""
         texts = [self._text(r, "chosen_ids") for r in rows] + [self._text(r, "rejected_ids") for r in rows]
-        ids = right_pad(texts, self.reads.pad_token_id, self.ranks.device)
-        mask = right_pad([[1] * len(t) for t in texts], 0, self.ranks.device)
-        chosen, rejected = end_scores(self.engine, ids, mask).chunk(2)
+        ids_and_mask = right_padded(texts, self.reads.pad_token_id, self.ranks.device)
+        chosen, rejected = end_scores(self.engine, *ids_and_mask).chunk(2)
         return chosen, rejected
 
     def _text(self, row: Row, answer: str) -> list[int]:
@@ -197,13 +198,12 @@ def pair_loss(chosen: Tensor, rejected: Tensor, center_coef: float) -> Tensor:
 
 def freeze_below(model: ValueModel, layers: int) -> None:
     """Leave only the last `layers` blocks, the final norm and the head trainable."""
-    blocks = next(m for m in model.trunk.modules() if isinstance(m, torch.nn.ModuleList))
+    blocks: Any = model.get_submodule(blocks_of(model))
     trained = {id(p) for block in list(blocks)[-layers:] for p in block.parameters()} | {id(model.score.weight)}
     inside = {id(p) for p in blocks.parameters()}
     embeddings = {id(p) for m in model.trunk.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     for parameter in model.parameters():
-        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 flattens what it divides
-        final_norm = id(parameter) not in inside and id(parameter) not in embeddings and dimensions == 1
+        final_norm = id(parameter) not in inside and id(parameter) not in embeddings and len(shape_of(parameter)) == 1
         parameter.requires_grad_(id(parameter) in trained or final_norm)
 
 

@@ -4,12 +4,14 @@ Rows are laid out as in the rollout: prompts padded on the left, responses on th
 the language-model head runs on those only. The logarithm of the softmax is taken as `gather - logsumexp` in fp32.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_core.batches import right_pad, right_padded
 from rlhf_core.models import _accepts, forward_inputs
 from rlhf_core.rollout import unpack_bits
 
@@ -28,17 +30,23 @@ def target_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
-def label_nats(engine: Any, input_ids: Tensor, mask: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p of the labelled tokens of right-padded texts under a causal language model.
+def label_nats(
+    engine: Any, texts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """-log p of the labelled tokens of some texts under a causal language model.
 
     Args:
         engine: a DeepSpeed engine or a transformers model.
-        input_ids, mask, labelled: `[batch, tokens]`; a first token is never counted, as nothing foretells it.
+        texts: token ids.
+        labels: 1 on the tokens of each text that count; a first token never does, as nothing foretells it.
+        pad: fills rows.
+        device: where the model computes.
 
     Returns:
-        The nats `[labelled tokens]`, fp32, row by row, and the row of each.
+        The nats `[labelled tokens]`, fp32, text by text, and the text of each.
     """
-    counted = labelled[:, 1:].bool()
+    input_ids, mask = right_padded(texts, pad, device)
+    counted = right_pad(labels, 0, device)[:, 1:].bool()
     logits = engine(**forward_inputs(unwrap(engine), input_ids, mask), use_cache=False).logits
     return -target_logprobs(logits[:, :-1][counted], input_ids[:, 1:][counted]), counted.nonzero()[:, 0]
 

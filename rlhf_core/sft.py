@@ -86,13 +86,13 @@ class SFTTrainer(Trainer[SFTSpec]):
         device, pad = self.ranks.device, self.tokenizer.pad_token_id
         labels = [[label for row in line for label in self._labelled(row)] for line in lines] or [[0, 0]]
         lines = lines or [[{"input_ids": [pad, pad]}]]
-        labelled = right_pad(labels, 0, device)
         if not self.resources.pack_tokens:
-            ids = right_pad([line[0]["input_ids"] for line in lines], pad, device)
-            mask = right_pad([[1] * len(line[0]["input_ids"]) for line in lines], 0, device)
-            return label_nats(self.engine, ids, mask, labelled)[0]
+            return label_nats(self.engine, [line[0]["input_ids"] for line in lines], labels, pad, device)[0]
         inputs = packed_inputs(self.engine.module, [[row["input_ids"] for row in line] for line in lines], pad, device)
-        logits, counted = self.engine(**inputs, use_cache=False).logits[:, :-1], labelled[:, 1:].bool()
+        logits, counted = (
+            self.engine(**inputs, use_cache=False).logits[:, :-1],
+            right_pad(labels, 0, device)[:, 1:].bool(),
+        )
         return -target_logprobs(logits[counted], inputs["input_ids"][:, 1:][counted])
 
     @torch.no_grad()

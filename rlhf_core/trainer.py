@@ -15,13 +15,14 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from rlhf_core.batches import Row, deal, open_rows, row_lengths, step_rows, total_steps
+from rlhf_core.batches import Row, deal, open_rows, pair_lengths, step_rows, total_steps
 from rlhf_core.context import JobContext
 from rlhf_core.distributed import gather, start
 from rlhf_core.engine import train_engine
 from rlhf_core.export import save_adapter
 from rlhf_core.lora import add_lora, trained
 from rlhf_core.models import load_tokenizer
+from rlhf_core.partitioned import shape_of
 from rlhf_core.specs import DPOSpec, LoRASpec, RewardSpec, SFTSpec
 from rlhf_core.stats import wilson_interval
 
@@ -63,7 +64,7 @@ class Trainer(ABC, Generic[S]):
 
     def start_engine(self, model: nn.Module) -> None:
         """Add the adapters that the spec asks for, and the optimizer."""
-        self.parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters())
+        self.parameters = sum(shape_of(p).numel() for p in model.parameters())
         if self.spec.lora:
             add_lora(model, self.spec.lora, f"{self.context.job.stage}.lora", self.context.seed)
         self.trained = trained(model)
@@ -157,17 +158,6 @@ class Trainer(ABC, Generic[S]):
             self.context.progress(seen, total or len(numbers), phase, unit="pair")
         merged = {i: pair for ranks in gather(mine) for i, pair in ranks.items()}
         return np.array([merged[i] for i in range(len(numbers))])
-
-
-def pair_lengths(rows: Dataset) -> np.ndarray:
-    """Tokens of each pair's prompt and longer answer, `[pairs]`, without reading the pairs."""
-    answers = np.maximum(row_lengths(rows, "chosen_ids"), row_lengths(rows, "rejected_ids"))
-    return row_lengths(rows, "prompt_ids") + answers
-
-
-def pair_length(row: Row) -> int:
-    """Tokens of a pair's prompt and longer answer."""
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
 def accuracy_metrics(right: np.ndarray, sources: Sequence[str]) -> dict[str, float]:

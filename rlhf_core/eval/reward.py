@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rlhf_core.batches import pair_length
 from rlhf_core.errors import ConfigError, NonFiniteError
 from rlhf_core.eval.drawings import draw_length, draw_reliability
 from rlhf_core.eval.inputs import device, held_out, tell
@@ -36,8 +37,7 @@ def evaluate_reward(request: EvalRequest) -> Result:
 
 def score_pairs(scorer: RewardScorer, rows: list[dict[str, Any]], micro_batch: int) -> list[Pair]:
     """The pairs with their scores, as the model gives them, in the order of the rows."""
-    lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
-    batches, say = by_length(lengths, micro_batch), tell("score")
+    batches, say = by_length([pair_length(row) for row in rows], micro_batch), tell("score")
     found: dict[int, Pair] = {}
     for done, batch in enumerate(batches):
         texts = [(rows[i]["prompt_ids"], rows[i][side]) for side in ("chosen_ids", "rejected_ids") for i in batch]

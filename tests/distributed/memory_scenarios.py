@@ -1,8 +1,6 @@
 """Loading, training and exporting on every rank of a small process group, with the memory it takes; started by `ranks.run`."""
 
-import json
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 import tiny
 import torch
 from deepspeed.accelerator import get_accelerator
+from scenarios import main
 
 from rlhf_core import lora
 from rlhf_core.distributed import gather, start
@@ -183,9 +182,4 @@ def poisoned(folder: str, cases: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    function, arguments = sys.argv[1], json.loads(sys.argv[2])
-    result = globals()[function](**arguments)
-    if os.environ["RANK"] == "0":
-        (Path(os.environ["RANKS_OUT"]) / "result.json").write_text(json.dumps(result))
-    sys.stdout.flush()
-    os._exit(0)
+    main(globals())

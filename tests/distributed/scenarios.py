@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tiny
 
@@ -39,10 +39,15 @@ def stages(root: str, jobs: dict[str, dict[str, Any]]) -> dict[str, list[dict[st
     return {label: stage(root, **job, folder=label) for label, job in jobs.items()}
 
 
-if __name__ == "__main__":
+def main(functions: dict[str, Any]) -> NoReturn:
+    """Run the function that the command line names; rank 0 leaves what it returned."""
     function, arguments = sys.argv[1], json.loads(sys.argv[2])
-    result = globals()[function](**arguments)
+    result = functions[function](**arguments)
     if os.environ["RANK"] == "0":
         (Path(os.environ["RANKS_OUT"]) / "result.json").write_text(json.dumps(result))
     sys.stdout.flush()
     os._exit(0)
+
+
+if __name__ == "__main__":
+    main(globals())

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
+from commands import rlhf
 
-from flows import cli
 from rlhf_core.artifacts import ArtifactRef
 from rlhf_core.store import Store
 
@@ -54,16 +53,7 @@ def evaluate(store: Store, made: Names, capfd, tmp_path: Path):
         arguments = [made[w].id if w in made else w for w in map(str, words)]
         answers = "--frontier" in words or not str([*words, "--"][1]).startswith("--")  # one target answers no prompt
         short = ["--max-new-tokens", "8"] if answers else []
-        before, sys.argv = sys.argv, ["rlhf", "eval", *short, *arguments, "--store", store.url]
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        finally:
-            sys.argv = before
-        said = capfd.readouterr()
-        return code, said.out, said.err
+        return rlhf(capfd, "eval", *short, *arguments, "--store", store.url)
 
     return run
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import rlhf
 
 from flows import cli
 from rlhf_core.artifacts import Manifest, describe, publish
@@ -67,20 +68,6 @@ def published(file, tmp_path) -> tuple[Store, dict[str, Manifest]]:
         )
         manifests[stage.stage] = publish(store, made)
     return store, manifests
-
-
-def rlhf(capfd, *words: object) -> tuple[int, str, str]:
-    """Run the command line in this process: exit code, stdout, stderr."""
-    before, sys.argv = sys.argv, ["rlhf", *map(str, words)]
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = before
-    said = capfd.readouterr()
-    return code, said.out, said.err
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------

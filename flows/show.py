@@ -55,7 +55,7 @@ def show_results(store: Store, plan: Iterable[StagePlan]) -> None:
             planned.ref.id,
         )
         if any(entry.path == "report.html" for entry in manifest.files):
-            key = f"{planned.ref.id}/report.html"
+            key = manifest.key("report.html")
             report = store.local_path(key) or f"{store.url}/{key}"
     out.print(rows)
     out.print(f"store   {store.url}", soft_wrap=True)
@@ -80,7 +80,7 @@ def show_list(manifests: Iterable[Manifest]) -> None:
 def show_manifest(store: Store, manifest: Manifest) -> None:
     """One artifact: where, inputs, metrics, files, and the spec that defines it."""
     out.print(f"[bold]{manifest.ref.id}[/]  {manifest.created}", soft_wrap=True)
-    out.print(f"place        {store.url}/{manifest.ref.id}", soft_wrap=True)
+    out.print(f"place        {store.url}/{manifest.place}", soft_wrap=True)
     out.print(f"fingerprint  {manifest.ref.fingerprint}")
     for name, ref in manifest.inputs.items():
         out.print(f"input        {name}: {ref.id}", soft_wrap=True)

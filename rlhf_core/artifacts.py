@@ -1,14 +1,14 @@
 """Artifacts: immutable results of stages, made to exist by a manifest written last.
 
-Layout under the store's root: `{stage}/{name}-{fingerprint12}/` with `manifest.json`, the result's files, and
-`attempts/NNNN/` (job.json, log.txt, metrics.jsonl, result.json), one folder for each launch. `publish` verifies size and
-sha256 of every file in the store and then writes the manifest create-only; a reader needs one GET to know whether an
-artifact exists, and `fetch` verifies again what it takes.
+Layout under the store's root: `{stage}/{name}-{fingerprint12}/` with `manifest.json`, `checkpoints/` and `attempts/NNNN/`, one
+folder for each launch: job.json, log.txt, metrics.jsonl, result.json and `files/`, the result. The manifest says which
+attempt's files the artifact consists of, so no file is ever written twice and attempts cannot spoil each other's. `publish`
+verifies size and sha256 of every file in the store and then writes the manifest create-only; a reader needs one GET to know
+whether an artifact exists, and `fetch` verifies again what it takes.
 """
 
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import stat
@@ -18,10 +18,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from rlhf_core.canonical import fingerprint
 from rlhf_core.errors import AlreadyExists, ConfigError, IntegrityError
+from rlhf_core.sealed import seal, unseal
 from rlhf_core.specs import Frozen, StageName
 from rlhf_core.store import Store
 
@@ -56,9 +57,14 @@ class FileEntry(Frozen):
     @field_validator("path")
     @classmethod
     def _inside(cls, path: str) -> str:
-        if path.startswith("/") or "\\" in path or any(part in ("", ".", "..") for part in path.split("/")):
-            raise ValueError(f"{path!r} must be relative, without empty, '.' or '..' parts")
-        return path
+        return inside(path)
+
+
+def inside(path: str) -> str:
+    """The path if it cannot leave the folder it is relative to; ValueError otherwise."""
+    if path.startswith("/") or "\\" in path or any(part in ("", ".", "..") for part in path.split("/")):
+        raise ValueError(f"{path!r} must be relative, without empty, '.' or '..' parts")
+    return path
 
 
 class Manifest(Frozen):
@@ -68,10 +74,25 @@ class Manifest(Frozen):
     ref: ArtifactRef
     spec: dict[str, Any] = Field(description="the identity that was hashed: the spec with places replaced by digests")
     inputs: dict[str, ArtifactRef] = {}
+    folder: str = Field(default="", description="where the files are, relative to the artifact's folder")
     files: tuple[FileEntry, ...]
     metrics: dict[str, Any] = {}
     provenance: dict[str, Any] = {}
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    @field_validator("folder")
+    @classmethod
+    def _inside(cls, folder: str) -> str:
+        return inside(folder) if folder else folder
+
+    @property
+    def place(self) -> str:
+        """The folder of the files, relative to the store's root."""
+        return f"{self.ref.id}/{self.folder}" if self.folder else self.ref.id
+
+    def key(self, path: str) -> str:
+        """Where a file is, relative to the store's root."""
+        return f"{self.place}/{path}"
 
     def file(self, path: str) -> FileEntry:
         """The entry of one file; KeyError if the artifact has none."""
@@ -107,14 +128,7 @@ def describe(folder: Path) -> tuple[FileEntry, ...]:
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """Manifest from its bytes; IntegrityError if it is not one that this version can read."""
-    try:
-        raw = json.loads(data)
-        version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if isinstance(version, int) and version > SCHEMA:
-            raise IntegrityError(f"{where}: schema {version} is newer than {SCHEMA}, which this version reads; upgrade")
-        return Manifest.model_validate(raw)
-    except (ValueError, ValidationError) as error:
-        raise IntegrityError(f"{where}: not a manifest: {error}") from error
+    return unseal(Manifest, data, where, SCHEMA)
 
 
 def read_manifest(store: Store, ref: ArtifactRef) -> Manifest | None:
@@ -136,11 +150,11 @@ def list_manifests(store: Store, stage: StageName | None = None) -> list[Manifes
     return sorted((parse_manifest(store.read(k), k) for k in keys), key=lambda m: m.created)
 
 
-def verify(store: Store, ref: ArtifactRef, files: Iterable[FileEntry], checksums: bool = True) -> None:
-    """Compare what is stored with its entries; IntegrityError names the first file that differs."""
-    sizes = store.list(ref.id)
-    for entry in files:
-        key = f"{ref.id}/{entry.path}"
+def verify(store: Store, manifest: Manifest, checksums: bool = True) -> None:
+    """Compare what is stored with the manifest's entries; IntegrityError names the first file that differs."""
+    sizes = store.list(manifest.place)
+    for entry in manifest.files:
+        key = manifest.key(entry.path)
         if key not in sizes:
             raise IntegrityError(f"{store.url}/{key}: missing; the manifest lists it")
         if sizes[key] != entry.size:
@@ -159,9 +173,9 @@ def publish(store: Store, manifest: Manifest) -> Manifest:
 
     If another run published the same artifact first, its manifest stands and is returned.
     """
-    verify(store, manifest.ref, manifest.files)
+    verify(store, manifest)
     try:
-        store.write(f"{manifest.ref.id}/{MANIFEST}", manifest.model_dump_json(indent=1).encode(), create=True)
+        store.write(f"{manifest.ref.id}/{MANIFEST}", seal(manifest), create=True)
     except AlreadyExists:
         standing = read_manifest(store, manifest.ref)
         assert standing is not None
@@ -184,9 +198,9 @@ def fetch(store: Store, ref: ArtifactRef, cache: Path) -> tuple[Path, Manifest]:
     manifest = read_manifest(store, ref)
     if manifest is None:
         raise IntegrityError(f"{store.url}/{ref.id}: not published; run the stage that makes it first")
-    in_place = store.local_path(ref.id)
+    in_place = store.local_path(manifest.place)
     if in_place is not None:
-        verify(store, ref, manifest.files)
+        verify(store, manifest)
         return in_place, manifest
     private_folder(cache)
     key = _cache_key(store, manifest)
@@ -201,9 +215,11 @@ def fetch(store: Store, ref: ArtifactRef, cache: Path) -> tuple[Path, Manifest]:
         partial.mkdir()
         for entry in manifest.files:
             local = partial / entry.path
-            store.download(f"{ref.id}/{entry.path}", local)
+            store.download(manifest.key(entry.path), local)
             if sha256_file(local) != entry.sha256:
-                raise IntegrityError(f"{store.url}/{ref.id}/{entry.path}: content differs from the manifest's sha256")
+                raise IntegrityError(
+                    f"{store.url}/{manifest.key(entry.path)}: content differs from the manifest's sha256"
+                )
         partial.rename(folder)
     return folder, manifest
 
@@ -230,7 +246,8 @@ def private_folder(folder: Path) -> None:
 def _cache_key(store: Store, manifest: Manifest) -> str:
     """The name of an artifact's folder in a cache: of its fingerprint, its store and its files."""
     files = [entry.model_dump() for entry in manifest.files]
-    return f"{manifest.ref.fingerprint[:12]}-{fingerprint({'store': store.url, 'files': files})[:32]}"
+    place = f"{store.url}/{manifest.place}"
+    return f"{manifest.ref.fingerprint[:12]}-{fingerprint({'place': place, 'files': files})[:32]}"
 
 
 def _intact(folder: Path, files: Iterable[FileEntry]) -> bool:

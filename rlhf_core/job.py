@@ -1,7 +1,7 @@
 """JobSpec: one resolved launch request, the only way in to a job; result.json is the way out.
 
 `job.json` holds all that the ranks need (spec, inputs, resources, store, output), no credentials. The job's rank 0 uploads
-the result's files below the artifact and then `result.json`, which lists them; the control plane verifies and publishes.
+the result's files to its attempt's folder and then `result.json`, which lists them; the control plane verifies and publishes.
 While the job runs, rank 0 prints progress as single lines that begin with `PROGRESS`.
 """
 
@@ -14,6 +14,7 @@ from pydantic import Field
 from rlhf_core.artifacts import ArtifactRef, FileEntry
 from rlhf_core.errors import AlreadyExists, StoreError
 from rlhf_core.resources import Resources
+from rlhf_core.sealed import seal, unseal
 from rlhf_core.specs import Frozen, ModelSpec, StageName
 from rlhf_core.store import Store
 
@@ -44,13 +45,19 @@ class JobSpec(Frozen):
     @property
     def folder(self) -> str:
         """The attempt's folder in the store."""
-        return f"{self.output.id}/attempts/{self.attempt:04d}"
+        return f"{self.output.id}/{self.attempt_folder}"
+
+    @property
+    def attempt_folder(self) -> str:
+        """The attempt's folder, relative to the artifact's."""
+        return f"attempts/{self.attempt:04d}"
 
 
 class JobResult(Frozen):
     """What a finished job says of itself."""
 
     job_id: str
+    folder: str = Field(description="where the files are, relative to the artifact's folder")
     files: tuple[FileEntry, ...]
     metrics: dict[str, Any]
     seconds: float = Field(ge=0, description="wall time inside the job")
@@ -64,7 +71,7 @@ def create_job(store: Store, job: JobSpec) -> JobSpec:
     for candidate in range(number, number + 1000):
         numbered = job.model_copy(update={"attempt": candidate})
         try:
-            store.write(f"{numbered.folder}/job.json", numbered.model_dump_json(indent=1).encode(), create=True)
+            store.write(f"{numbered.folder}/job.json", seal(numbered), create=True)
             return numbered
         except AlreadyExists:
             continue
@@ -75,7 +82,7 @@ def read_job(url: str) -> tuple[Store, JobSpec]:
     """The store and the job behind the URL of a job.json."""
     root, _, key = url.partition("#")
     store = Store(root)
-    return store, JobSpec.model_validate_json(store.read(key))
+    return store, unseal(JobSpec, store.read(key), url)
 
 
 def job_url(store: Store, job: JobSpec) -> str:

@@ -24,12 +24,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from rlhf_core import guard
-from rlhf_core.errors import ConfigError, ExitCode, JobFailed
+from rlhf_core.errors import ConfigError, ExitCode, IntegrityError, JobFailed
 from rlhf_core.job import JobResult, JobSpec, create_job, job_url
 from rlhf_core.joblog import JobLog
+from rlhf_core.sealed import unseal
 from rlhf_core.store import Store
 
 TRAIN = "rlhf_core.train"
@@ -296,11 +295,11 @@ def outcome(store: Store, job: JobSpec, code: int, limit: str | None, log: JobLo
     """The job's result; JobFailed says why there is none."""
     if code == 0 and limit is None:
         try:
-            result = JobResult.model_validate_json(store.read(f"{job.folder}/result.json"))
+            result = unseal(JobResult, store.read(key := f"{job.folder}/result.json"), f"{store.url}/{key}")
         except KeyError:
             raise failure(job, 1, "no result", log, place) from None
-        except ValidationError as error:
-            raise failure(job, 1, f"unreadable result.json ({error.error_count()} errors)", log, place) from error
+        except IntegrityError as error:
+            raise failure(job, 1, f"unreadable result.json ({error})", log, place) from error
         if result.job_id != job.job_id:
             raise failure(job, 1, f"result.json is of another job, {result.job_id}", log, place)
         return result

@@ -11,6 +11,23 @@ ModelRole = Literal["actor", "critic", "reference", "reward"]
 MEMORY_FIELDS = ("zero_stage", "offload_optimizer", "offload_parameters", "nvme_path", "gradient_checkpointing")
 
 
+class CheckpointPlan(Frozen):
+    """When a job saves its progress, and how much of it is kept."""
+
+    every_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        default=10, description="save when so much time has passed; null: not by time"
+    )
+    every_steps: Positive | None = Field(default=None, description="save after so many steps (PPO: rollouts)")
+    keep: Positive = Field(default=2, description="newest checkpoints kept")
+    milestone_steps: Positive | None = Field(
+        default=None, description="keep for good what is saved after every so many steps"
+    )
+    notice: str | None = Field(
+        default=None,
+        description="file that appears, or URL that answers 200, when this machine is about to be taken away",
+    )
+
+
 class Resources(Frozen):
     """One job's processes, memory layout and limits."""
 
@@ -32,6 +49,7 @@ class Resources(Frozen):
     models: dict[ModelRole, dict[str, int | bool | str | None]] = Field(
         default={}, description="PPO, per model: memory fields that differ, e.g. {reference: {offload_parameters: cpu}}"
     )
+    checkpoint: CheckpointPlan = CheckpointPlan()
     data_workers: Positive | None = Field(default=None, description="processes that tokenise; default: the cores")
     stall_minutes: Annotated[float, Field(gt=0)] = Field(
         default=10, description="no sign of progress for so long: stacks, then kill"

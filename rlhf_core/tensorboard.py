@@ -32,7 +32,7 @@ def write_events(store: Store, manifests: list[Manifest], folder: Path) -> list[
             continue
         place = folder / manifest.ref.id
         writer = SummaryWriter(str(place))
-        for line in store.read(f"{manifest.ref.id}/{METRICS}").splitlines():
+        for line in store.read(manifest.key(METRICS)).splitlines():
             row = json.loads(line)
             for name, value in row.items():
                 if name not in ("kind", "step", "seconds") and isinstance(value, int | float):

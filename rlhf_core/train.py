@@ -28,6 +28,7 @@ from rlhf_core.card import write_cards
 from rlhf_core.context import JobContext
 from rlhf_core.errors import ExitCode, RlhfError
 from rlhf_core.job import JobResult, JobSpec, read_job
+from rlhf_core.sealed import seal
 from rlhf_core.store import Store
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "rlhf")
@@ -102,9 +103,10 @@ def upload_result(context: JobContext, metrics: dict[str, Any]) -> None:
     add_cards(context, metrics)
     files = describe(context.out)
     for entry in files:
-        store.upload(context.out / entry.path, f"{job.output.id}/{entry.path}")
+        store.upload(context.out / entry.path, f"{job.folder}/files/{entry.path}")
     result = JobResult(
         job_id=job.job_id,
+        folder=f"{job.attempt_folder}/files",
         files=files,
         metrics=metrics,
         seconds=time.monotonic() - context.started,
@@ -115,7 +117,7 @@ def upload_result(context: JobContext, metrics: dict[str, Any]) -> None:
             "processes": context.world,
         },
     )
-    store.write(f"{job.folder}/result.json", result.model_dump_json(indent=1).encode())
+    store.write(f"{job.folder}/result.json", seal(result))
 
 
 def add_cards(context: JobContext, metrics: dict[str, Any]) -> None:

@@ -22,7 +22,6 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
-from pydantic import ValidationError
 
 from rlhf_core.artifacts import MANIFEST, ArtifactRef, Manifest, publish, read_manifest, verify
 from rlhf_core.config import PipelineConfig
@@ -30,6 +29,7 @@ from rlhf_core.errors import IntegrityError, JobFailed, StoreError, is_transient
 from rlhf_core.job import JobResult, JobSpec
 from rlhf_core.launch import run_job
 from rlhf_core.plan import StagePlan
+from rlhf_core.sealed import unseal
 from rlhf_core.specs import StageName
 from rlhf_core.store import Store
 from tasks.headline import headline
@@ -105,7 +105,7 @@ def find(store: Store, ref: ArtifactRef) -> Manifest | None:
     manifest = read_manifest(store, ref)
     if manifest is not None:
         try:
-            verify(store, ref, manifest.files, checksums=False)
+            verify(store, manifest, checksums=False)
         except IntegrityError as error:
             raise IntegrityError(f"{error}; build it anew: --force {ref.stage}") from None
     return manifest
@@ -116,10 +116,10 @@ def publish_finished(store: Store, planned: StagePlan, provenance: Mapping[str, 
     results = [k for k in store.list(f"{planned.ref.id}/attempts") if k.endswith("/result.json")]
     for key in sorted(results, reverse=True):
         try:
-            result = JobResult.model_validate_json(store.read(key))
+            result = unseal(JobResult, store.read(key), f"{store.url}/{key}")
             return publish(store, _manifest(planned, result, provenance))
-        except (ValidationError, IntegrityError):
-            continue  # torn, or overwritten by a later attempt that did not finish: build
+        except IntegrityError:
+            continue  # torn: build
     return None
 
 
@@ -148,6 +148,7 @@ def _manifest(planned: StagePlan, result: JobResult, extra: Mapping[str, Any] | 
         ref=planned.ref,
         spec=planned.identity,
         inputs=planned.inputs,
+        folder=result.folder,
         files=result.files,
         metrics={**result.metrics, "seconds": round(result.seconds, 3)},
         provenance={**control_provenance(), "job_id": result.job_id, "job": result.provenance, **(extra or {})},

@@ -1,0 +1,197 @@
+"""Checkpoints as the store holds them: `{artifact}/checkpoints/NNNN/`, one folder for each attempt, and what may be done to them.
+
+A checkpoint is a marker, `{step}-{phase}-{update}[-kept].json`, and parts, `parts/{sha256}`, that it lists with size and
+checksum. Parts are named by their content: what has not changed since the attempt's last checkpoint is not stored again. The
+marker is written last, so a checkpoint exists when its marker does. Attempts share no part, so that one which was believed dead
+can damage nothing of another's. Which is newest is told by the names alone; a damaged one is passed over for the one before it.
+The training half that fills them is `checkpointing`. No torch here.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Literal, get_args
+
+from pydantic import Field, field_validator
+
+from rlhf_core.artifacts import ArtifactRef, inside
+from rlhf_core.errors import IntegrityError
+from rlhf_core.sealed import unseal
+from rlhf_core.specs import Frozen
+from rlhf_core.store import Store
+
+SCHEMA = 1
+Phase = Literal["train", "rollout", "score", "update"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+NAME = re.compile(rf"(\d{{8}})-({'|'.join(PHASES)})-(\d{{6}})(-kept)?\.json")
+
+
+class Position(Frozen):
+    """How far a stage has come.
+
+    Attributes:
+        step: finished optimizer steps, or rollouts with all their updates.
+        phase: PPO: what comes next in the rollout that is under way; other stages: train.
+        update: PPO, phase update: finished optimizer steps of this rollout.
+    """
+
+    step: int = Field(ge=0)
+    phase: Phase = "train"
+    update: int = Field(default=0, ge=0)
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Sorts positions of one stage by progress."""
+        return self.step, PHASES.index(self.phase), self.update
+
+    def __str__(self) -> str:
+        if self.phase == "train":
+            return f"step {self.step}"
+        inner = f", update {self.update}" if self.phase == "update" else ""
+        return f"rollout {self.step}" if self.phase == "rollout" else f"rollout {self.step}, {self.phase}{inner}"
+
+
+class Part(Frozen):
+    """One object of a checkpoint."""
+
+    name: str = Field(description="what it is, e.g. actor/rank-000.safetensors, files/metrics.jsonl")
+    size: int = Field(ge=0, description="bytes")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @field_validator("name")
+    @classmethod
+    def _inside(cls, name: str) -> str:
+        return inside(name)
+
+
+class Checkpoint(Frozen):
+    """The marker that makes a checkpoint exist."""
+
+    schema_version: int = SCHEMA
+    artifact: str = Field(description="id of the unfinished artifact")
+    attempt: int = Field(ge=1)
+    position: Position
+    kept: bool = Field(default=False, description="a milestone, which later checkpoints do not replace")
+    world: int = Field(ge=1, description="processes that wrote it")
+    layout: dict[str, str] = Field(default={}, description="how each engine's state is divided among them")
+    parts: tuple[Part, ...]
+    versions: dict[str, str] = {}
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    @property
+    def key(self) -> str:
+        """Where the marker lies."""
+        p = self.position
+        kept = "-kept" if self.kept else ""
+        return f"{folder_of(self.artifact, self.attempt)}/{p.step:08d}-{p.phase}-{p.update:06d}{kept}.json"
+
+    def part_key(self, part: Part) -> str:
+        """Where a part lies."""
+        return f"{folder_of(self.artifact, self.attempt)}/parts/{part.sha256}"
+
+    def __str__(self) -> str:
+        return f"{self.position} (attempt {self.attempt})"
+
+
+def folder_of(artifact: str, attempt: int) -> str:
+    """The folder of an attempt's checkpoints."""
+    return f"{artifact}/checkpoints/{attempt:04d}"
+
+
+def marker_keys(store: Store, ref: ArtifactRef) -> list[str]:
+    """Keys of all markers of an artifact, most progress first; of equals the later attempt's."""
+    found = [(place, key) for key in store.list(f"{ref.id}/checkpoints") if (place := _place(key))]
+    return [key for _, key in sorted(found, reverse=True)]
+
+
+def _place(key: str) -> tuple[tuple[int, int, int], int] | None:
+    """Progress and attempt that a marker's key tells; None for other objects."""
+    *_, folder, attempt, name = ("", "", *key.split("/"))
+    match = NAME.fullmatch(name)
+    if not match or folder != "checkpoints" or not attempt.isdigit():
+        return None
+    return (int(match[1]), PHASES.index(match[2]), int(match[3])), int(attempt)  # pyright: ignore[reportArgumentType]
+
+
+def is_kept(key: str) -> bool:
+    """Whether a marker's key is that of a milestone."""
+    return key.endswith("-kept.json")
+
+
+def read_marker(store: Store, ref: ArtifactRef, key: str) -> Checkpoint:
+    """The checkpoint of a marker. IntegrityError: damaged, newer than this version, or not where it belongs."""
+    try:
+        data = store.read(key)
+    except KeyError:
+        raise IntegrityError(f"{store.url}/{key}: missing") from None
+    found = unseal(Checkpoint, data, f"{store.url}/{key}", SCHEMA)
+    if found.artifact != ref.id or found.key != key:
+        raise IntegrityError(f"{store.url}/{key}: is the marker of {found.key}")
+    return found
+
+
+def check(store: Store, checkpoint: Checkpoint, checksums: bool = True) -> None:
+    """Compare what is stored with the marker; IntegrityError names the first part that differs."""
+    sizes = store.list(f"{folder_of(checkpoint.artifact, checkpoint.attempt)}/parts")
+    for part in checkpoint.parts:
+        key = checkpoint.part_key(part)
+        if key not in sizes:
+            raise IntegrityError(f"{store.url}/{key}: missing; {checkpoint} lists it as {part.name}")
+        if sizes[key] != part.size:
+            raise IntegrityError(f"{store.url}/{key}: {sizes[key]} bytes, {checkpoint} says {part.size}")
+        if checksums and store.sha256(key) != part.sha256:
+            raise IntegrityError(f"{store.url}/{key}: content differs from its name, the sha256 of {part.name}")
+
+
+def whole(store: Store, ref: ArtifactRef, say: Callable[[str], None]) -> Iterator[Checkpoint]:
+    """Checkpoints that have all their parts in their sizes, most progress first; `say` is told what is passed over."""
+    for key in marker_keys(store, ref):
+        try:
+            found = read_marker(store, ref, key)
+            check(store, found, checksums=False)
+        except IntegrityError as error:
+            say(f"checkpoint passed over for the one before it: {error}")
+            continue
+        yield found
+
+
+def newest(store: Store, ref: ArtifactRef, say: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
+    """The checkpoint that a job would resume from, if nothing in its parts is damaged."""
+    return next(whole(store, ref, say), None)
+
+
+def delete(store: Store, ref: ArtifactRef, keys: Iterable[str]) -> int:
+    """Remove checkpoints by the keys of their markers: markers first, then parts no other marker of the attempt needs.
+
+    Parts that no marker lists are left alone: they may be of a checkpoint that is just being written.
+
+    Returns:
+        Bytes of the parts removed.
+    """
+    doomed = set(keys)
+    parts: dict[str, dict[str, int]] = {}
+    for key in doomed:
+        listed = parts.setdefault(key.rpartition("/")[0], {})
+        with suppress(IntegrityError):
+            found = read_marker(store, ref, key)
+            listed.update({found.part_key(part): part.size for part in found.parts})
+        with suppress(KeyError):
+            store.delete(key)
+    freed = 0
+    for folder, listed in parts.items():
+        try:
+            others = [read_marker(store, ref, key) for key in store.list(folder) if _place(key) and key not in doomed]
+        except IntegrityError:
+            continue  # what a damaged marker needs is not known
+        for key in listed.keys() - {c.part_key(part) for c in others for part in c.parts}:
+            with suppress(KeyError):
+                store.delete(key)
+                freed += listed[key]
+    return freed
+
+
+def part_of(name: str, data: bytes) -> Part:
+    """The entry of a part with this content."""
+    return Part(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())

@@ -22,6 +22,10 @@ class CheckpointPlan(Frozen):
     milestone_steps: Positive | None = Field(
         default=None, description="keep for good what is saved after every so many steps"
     )
+    grace_seconds: Annotated[float, Field(ge=1, lt=25)] = Field(
+        default=20,
+        description="a job that is told to end has so long to save; Prefect kills a cancelled flow after 30 s",
+    )
     notice: str | None = Field(
         default=None,
         description="file that appears, or URL that answers 200, when this machine is about to be taken away",

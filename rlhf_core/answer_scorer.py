@@ -49,14 +49,12 @@ class AnswerScorer:
                 judge = judge_of(source, f"ppo.rewards[{i}]")
                 self._judges[f"score_{i}_{source.kind}"] = (source.weight, judge)
 
-    @torch.no_grad()
-    def score(self, rollout: Rollout, names: list[int]) -> Experience:
-        """Reference log-probabilities, values and reward scores of a rollout, by micro-batches."""
+    def unscored(self, rollout: Rollout, names: list[int]) -> Experience:
+        """A rollout as experience whose reference log-probabilities, values and scores are 0 for now."""
         eos = self.tokenizer.eos_token_id
         ended = ((rollout.response_ids == eos) & rollout.response_mask.bool()).any(1)
-        lengths = (rollout.prompt_mask.sum(1) + rollout.response_mask.sum(1)).tolist()
         blank = torch.zeros_like(rollout.logprobs)
-        whole = Experience(
+        return Experience(
             sample_ids=torch.tensor(names, device=blank.device),
             prompt_ids=rollout.prompt_ids,
             prompt_mask=rollout.prompt_mask,
@@ -70,6 +68,11 @@ class AnswerScorer:
             ended=ended,
             support=rollout.support,
         )
+
+    @torch.no_grad()
+    def score(self, whole: Experience) -> Experience:
+        """Experience with reference log-probabilities, values and reward scores, by micro-batches."""
+        lengths = (whole.prompt_mask.sum(1) + whole.response_mask.sum(1)).tolist()
         self.parts, self._other_ids = {}, {}
         if self.engine.retokenizer is not None:
             self._note("answers_cut", 0.0)

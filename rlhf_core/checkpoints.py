@@ -25,7 +25,7 @@ from rlhf_core.store import Store
 SCHEMA = 1
 Phase = Literal["train", "rollout", "score", "update"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
-NAME = re.compile(rf"(\d{{8}})-({'|'.join(PHASES)})-(\d{{6}})(-kept)?\.json")
+NAME = re.compile(rf"(\d{{8,}})-({'|'.join(PHASES)})-(\d{{6,}})(-kept)?\.json")
 
 
 class Position(Frozen):
@@ -49,8 +49,8 @@ class Position(Frozen):
     def __str__(self) -> str:
         if self.phase == "train":
             return f"step {self.step}"
-        inner = f", update {self.update}" if self.phase == "update" else ""
-        return f"rollout {self.step}" if self.phase == "rollout" else f"rollout {self.step}, {self.phase}{inner}"
+        inner = {"rollout": "", "score": ", to be scored", "update": f", update {self.update}"}[self.phase]
+        return f"rollout {self.step}{inner}"
 
 
 class Part(Frozen):
@@ -118,6 +118,11 @@ def _place(key: str) -> tuple[tuple[int, int, int], int] | None:
 def is_kept(key: str) -> bool:
     """Whether a marker's key is that of a milestone."""
     return key.endswith("-kept.json")
+
+
+def earlier(artifact: str, attempt: int, keys: Iterable[str]) -> list[str]:
+    """Those of some markers that were written by attempts before this one."""
+    return [key for key in keys if int(key.removeprefix(f"{artifact}/checkpoints/").partition("/")[0]) < attempt]
 
 
 def read_marker(store: Store, ref: ArtifactRef, key: str) -> Checkpoint:

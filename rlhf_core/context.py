@@ -16,7 +16,7 @@ from rlhf_core.job import JobSpec, progress_line
 from rlhf_core.store import Store
 
 
-@dataclass(frozen=True)
+@dataclass
 class JobContext:
     """One rank's view of a running job.
 
@@ -26,6 +26,8 @@ class JobContext:
         out: local folder; what rank 0 leaves here becomes the artifact's files.
         rank: 0 to world - 1.
         world: number of ranks.
+        started: on the monotonic clock; a resumed stage began as much earlier as it had run before.
+        resumed: the attempts before, and where each was taken up.
     """
 
     job: JobSpec
@@ -34,12 +36,18 @@ class JobContext:
     rank: int = 0
     world: int = 1
     started: float = field(default_factory=time.monotonic)
+    resumed: list[dict[str, Any]] = field(default_factory=list)
     _fetched: dict[str, tuple[Path, Manifest]] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
         """The stage's seed."""
         return int(self.job.spec["seed"])
+
+    @property
+    def scratch(self) -> Path:
+        """Local folder, beside `out`, for what lives no longer than the job."""
+        return self.out.parent
 
     @property
     def is_main(self) -> bool:

@@ -6,6 +6,7 @@ over its pairs on all ranks. Prompts are padded on the left and answers on the r
 Evaluation is on held-out pairs: how often the implicit reward prefers the chosen answer.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_core.batches import Row, epoch_order, longest, pair_length, pair_tokens, right_padded, sources_of
+from rlhf_core.checkpoints import Position
 from rlhf_core.context import JobContext
 from rlhf_core.distributed import sum_over_ranks
 from rlhf_core.engine import check_finite, grad_norm, set_lr, zero_init
@@ -32,11 +34,10 @@ class DPOTrainer(Trainer[DPOSpec]):
 
     Attributes:
         train_reference, test_reference: log p_ref of chosen and rejected, `[rows, 2]`; NaN for rows never used.
+        referenced: rows of train and test that the reference has scored.
     """
 
     shown = ("loss", "accuracy")
-    train_reference: np.ndarray
-    test_reference: np.ndarray
 
     def __init__(self, context: JobContext) -> None:
         super().__init__(context, DPOSpec.model_validate(context.job.spec), "reward")
@@ -47,23 +48,44 @@ class DPOTrainer(Trainer[DPOSpec]):
             answer = max(longest(rows, "chosen_ids"), longest(rows, "rejected_ids"))
             check_positions(model.config, longest(rows, "prompt_ids"), answer)
         self.start_engine(model)
-
-    def run(self) -> dict[str, Any]:
-        """Score with the reference, train, evaluate, save; returns the stage's metrics."""
-        used = min(len(self.train_rows), self.steps * self.spec.batch_size)
-        self.train_reference = self._reference(
-            self.train_rows, epoch_order(len(self.train_rows), self.context.seed, 0)[:used]
+        self.train_reference, self.test_reference = (
+            np.full((len(rows), 2), np.nan) for rows in (self.train_rows, self.test_rows)
         )
-        self.test_reference = self._reference(self.test_rows, np.arange(len(self.test_rows)))
-        return super().run()
+        self.referenced = [0, 0]
 
-    def _reference(self, rows: Any, used: np.ndarray) -> np.ndarray:
-        """Log-probabilities `[rows, 2]` of the rows numbered `used` under the model as it is now."""
-        found = np.full((len(rows), 2), np.nan)
-        for first in range(0, len(used), REFERENCE_ROWS):
-            numbers = used[first : first + REFERENCE_ROWS]
-            found[numbers] = self.score_pairs(rows, "reference", self._logprobs, numbers, first, len(used))
-        return found
+    def prepare(self) -> None:
+        """Score the rows that will be used with the reference, which the policy still is before its first step."""
+        for place, (rows, used, found) in enumerate(self._references()):
+            while (first := self.referenced[place]) < len(used):
+                numbers = used[first : first + REFERENCE_ROWS]
+                found[numbers] = self.score_pairs(rows, "reference", self._logprobs, numbers, first, len(used))
+                self.referenced[place] = first + len(numbers)
+                self.checkpoints.at(Position(step=0, update=sum(self.referenced)))
+
+    def _references(self) -> list[tuple[Any, np.ndarray, np.ndarray]]:
+        """For train and test: the rows, the numbers of those that will be used, and where the numbers go."""
+        used = min(len(self.train_rows), self.steps * self.spec.batch_size)
+        train = epoch_order(len(self.train_rows), self.context.seed, 0)[:used]
+        return [
+            (self.train_rows, train, self.train_reference),
+            (self.test_rows, np.arange(len(self.test_rows)), self.test_reference),
+        ]
+
+    def record(self) -> dict[str, Any]:
+        """Counters, for a checkpoint."""
+        return {**super().record(), "referenced": self.referenced}
+
+    def shared(self) -> dict[str, Tensor]:
+        """The reference's numbers."""
+        return {"train": torch.from_numpy(self.train_reference), "test": torch.from_numpy(self.test_reference)}
+
+    def resume(
+        self, position: Position, record: dict[str, Any], shared: dict[str, Tensor], own: Sequence[dict[str, Tensor]]
+    ) -> None:
+        """Take up what `record` and `shared` said."""
+        super().resume(position, record, shared, own)
+        self.referenced = record["referenced"]
+        self.train_reference, self.test_reference = shared["train"].numpy(), shared["test"].numpy()
 
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step over the global batch of pairs."""

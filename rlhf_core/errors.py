@@ -55,6 +55,12 @@ class NonFiniteError(RlhfError, ArithmeticError):
     exit_code = ExitCode.NON_FINITE
 
 
+class Preempted(RlhfError):
+    """The job was told to end and has saved its state; running again goes on from there."""
+
+    exit_code = ExitCode.PREEMPTED
+
+
 class StoreError(RlhfError):
     """Object storage refused or could not be reached. Never means "absent"."""
 

@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_core import gold
 from rlhf_core.batches import Row, open_rows, some_rows
+from rlhf_core.checkpointing import Checkpointer
+from rlhf_core.checkpoints import Position
 from rlhf_core.comparison import MODELS, Answer, TokenLoss, aligned_of, evaluation_of, flat_metrics, sample_rows
 from rlhf_core.context import JobContext
 from rlhf_core.distributed import gather, start
@@ -39,7 +42,13 @@ CURVE_STAGES = ("sft", "reward", "ppo", "dpo")
 
 
 class Evaluator:
-    """Owns one evaluate stage on this rank."""
+    """Owns one evaluate stage on this rank.
+
+    Attributes:
+        rollouts, losses: of the models that are done, in order: answers, a rollout a batch, and losses of held-out rows.
+        kl: nats to SFT of every answer, a list a batch; when all models are done.
+        sampling_seconds: spent in sampling.
+    """
 
     def __init__(self, context: JobContext) -> None:
         self.context = context
@@ -56,6 +65,10 @@ class Evaluator:
             self.held_out = held_out_rows(data / "sft" / "test", HELD_OUT_ROWS, context.seed)
         assert self.spec.max_response_tokens is not None, "the plan fills it in"
         self.sampling = Sampling(self.spec.max_response_tokens, self.spec.temperature, vocabulary=len(self.tokenizer))
+        self.rollouts: dict[str, list[Rollout]] = {}
+        self.losses: dict[str, dict[int, TokenLoss]] = {}
+        self.kl: dict[str, list[list[float]]] = {}
+        self.sampling_seconds = 0.0
 
     def _mine(self, lengths: Sequence[int], size: int) -> list[list[int]]:
         """This rank's batches of row numbers; at ZeRO-3 as many on every rank."""
@@ -78,22 +91,24 @@ class Evaluator:
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
         """Sample, judge, compare, write; returns the manifest's metrics."""
-        began, sampling_seconds = time.monotonic(), 0.0
-        rollouts: dict[str, list[Rollout]] = {}
-        kl: dict[str, list[list[float]]] = {}
-        losses: dict[str, dict[int, TokenLoss]] = {}
+        checkpoints = Checkpointer(self.context, self.ranks, {}, self)
+        checkpoints.restore()
         for name, load in self._loaders().items():
+            if name in self.rollouts:
+                continue
             model = self.placed(load())
             sampling_began = time.monotonic()
-            rollouts[name] = self.sample(name, model)
-            sampling_seconds += time.monotonic() - sampling_began
-            losses[name] = self.held_out_losses(name, model)
+            self.rollouts[name] = self.sample(name, model)
+            self.sampling_seconds += time.monotonic() - sampling_began
+            self.losses[name] = self.held_out_losses(name, model)
             if name == "sft":
-                kl = {other: self.divergence(other, parts, model) for other, parts in rollouts.items()}
+                self.kl = {other: self.divergence(other, parts, model) for other, parts in self.rollouts.items()}
             del model
             gc.collect()  # an engine is a cycle of references, which would keep its weights
-        mine = self.judge(rollouts, kl)
-        answers, token_losses = self._in_order(mine), self._in_order(losses)
+            checkpoints.at(Position(step=len(self.rollouts)), always=True)
+        checkpoints.close()
+        mine = self.judge(self.rollouts, self.kl)
+        answers, token_losses = self._in_order(mine), self._in_order(self.losses)
         check_numbers(answers)
         settings = {
             "temperature": self.spec.temperature,
@@ -103,10 +118,56 @@ class Evaluator:
         }
         evaluation = evaluation_of(answers, token_losses, settings)
         tokens = sum(a.tokens for row in answers.values() for a in row)
-        metrics = flat_metrics(evaluation) | {"tokens": tokens, "tokens_per_second": tokens / sampling_seconds}
+        metrics = flat_metrics(evaluation) | {"tokens": tokens, "tokens_per_second": tokens / self.sampling_seconds}
         if self.context.is_main:
-            self.write(evaluation, answers, metrics | {"seconds": time.monotonic() - began})
-        return metrics | {"seconds": time.monotonic() - began}
+            self.write(evaluation, answers, metrics | {"seconds": time.monotonic() - self.context.started})
+        return metrics | {"seconds": time.monotonic() - self.context.started}
+
+    def record(self) -> dict[str, Any]:
+        """What this rank has measured of the models that are done, for a checkpoint."""
+        losses = {name: {str(i): [loss.nats, loss.tokens] for i, loss in rows.items()} for name, rows in self.losses.items()}
+        own = {"dealt": self._dealt(), "seconds": self.sampling_seconds, "losses": losses, "kl": self.kl}
+        return {**own, "models": {name: len(parts) for name, parts in self.rollouts.items()}}
+
+    def _dealt(self) -> list[int]:
+        return [
+            self.ranks.world,
+            self.resources.rollout_micro_batch,
+            self.resources.micro_batch,
+            int(self.zero_init is None),
+        ]
+
+    def shared(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def own(self) -> dict[str, Tensor]:
+        """This rank's answers of the models that are done."""
+        return {
+            f"{name}/{i}/{field}": value.cpu()
+            for name, parts in self.rollouts.items()
+            for i, part in enumerate(parts)
+            for field, value in vars(part).items()
+            if value is not None
+        }
+
+    def resume(
+        self, position: Position, record: dict[str, Any], shared: dict[str, Tensor], own: Sequence[dict[str, Tensor]]
+    ) -> None:
+        """Take up what `record` and `own` said, unless the batches are dealt otherwise now."""
+        if record["dealt"] != self._dealt():
+            self.context.say("the prompts are dealt to other processes or batches now: every model answers anew")
+            return
+        self.sampling_seconds, self.kl = record["seconds"], record["kl"]
+        rows = {n: {int(i): TokenLoss(*loss) for i, loss in found.items()} for n, found in record["losses"].items()}
+        self.losses = rows
+        for name, count in record["models"].items():
+            parts: list[dict[str, Tensor]] = [{} for _ in range(count)]
+            for key, value in own[0].items() if own else ():
+                model, i, field = key.rsplit("/", 2)
+                if model == name:
+                    parts[int(i)][field] = value.to(self.ranks.device)
+            self.rollouts[name] = [Rollout(**part) for part in parts]
 
     def _loaders(self) -> dict[str, Callable[[], Any]]:
         """How to load each language model; SFT comes last."""

@@ -48,7 +48,7 @@ class Experience:
 
     def rows(self, index: Tensor) -> "Experience":
         """Some rows, with the columns that only they do not need cut off."""
-        chosen = {f.name: v[index] for f in fields(self) if (v := getattr(self, f.name)) is not None}
+        chosen = {name: v[index] for name, v in self.tensors().items()}
         prompt = int(chosen["prompt_mask"].sum(1).max())
         response = max(1, int(chosen["response_mask"].sum(1).max()))
         for name, value in chosen.items():
@@ -58,9 +58,13 @@ class Experience:
                 chosen[name] = value[:, :response]
         return replace(self, **chosen)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name; None is left out."""
+        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
+
     def to(self, device: torch.device | str) -> "Experience":
         """The same on another device."""
-        return replace(self, **{f.name: v.to(device) for f in fields(self) if (v := getattr(self, f.name)) is not None})
+        return replace(self, **{name: v.to(device) for name, v in self.tensors().items()})
 
 
 def concatenate(parts: list[Experience], pad: int) -> Experience:
@@ -81,6 +85,13 @@ def concatenate(parts: list[Experience], pad: int) -> Experience:
             values = [pad_to(v, prompt if left else response, fill, left) for v in values]
         merged[f.name] = torch.cat(values)
     return Experience(**merged)  # pyright: ignore[reportArgumentType]
+
+
+def deal_experience(parts: list[Experience], pad: int, answers: int, rank: int, world: int) -> Experience:
+    """This rank's rows of what other ranks had, the answers to one prompt side by side as they were."""
+    merged = concatenate(parts, pad)
+    merged = merged.rows(torch.argsort(merged.sample_ids))
+    return merged.rows(torch.arange(len(merged)).view(-1, answers)[rank::world].reshape(-1))
 
 
 def gather_experience(local: Experience, pad: int) -> Experience:

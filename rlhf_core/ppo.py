@@ -8,15 +8,21 @@ snapshots of it on the way. Pretraining text for the mixture loss is a stream of
 
 import json
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from rlhf_core.batches import Row, open_rows, step_rows
+from rlhf_core.checkpointing import Checkpointer
+from rlhf_core.checkpoints import Position
 from rlhf_core.context import JobContext
-from rlhf_core.experience import Experience
+from rlhf_core.errors import IntegrityError
+from rlhf_core.experience import Experience, deal_experience
 from rlhf_core.lora import trained
 from rlhf_core.models import load_tokenizer
 from rlhf_core.ppo_args import PPOArgs
@@ -25,10 +31,16 @@ from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine
 from rlhf_core.specs import PPOSpec
 
 SAMPLES_LOGGED = 4
+HISTORY = ("score", "kl_sequence", "eos_rate")
 
 
 class PPOStage:
-    """Owns the loop of one PPO stage on this rank."""
+    """Owns the loop of one PPO stage on this rank.
+
+    Attributes:
+        tokens, seconds: sampled and read, and spent in rollouts and in updates so far, before a resume too.
+        history: what the stage's metrics are made of, for every rollout.
+    """
 
     def __init__(self, context: JobContext) -> None:
         self.context = context
@@ -49,6 +61,11 @@ class PPOStage:
         self.trainer = DeepSpeedPPOTrainer(engine=self.engine, args=args)
         self.trained = trained(self.engine.actor.module)
         self.shown: dict[str, float] = {}
+        self.tokens = 0.0
+        self.history: list[dict[str, float]] = []
+        self.seconds = {"rollout": 0.0, "update": 0.0}
+        self._answers: Experience | None = None
+        self._experience: Experience | None = None
         self.texts = self._pretraining_rows() if self.spec.ptx else None
 
     def _pretraining_rows(self) -> Dataset:
@@ -57,30 +74,35 @@ class PPOStage:
         return open_rows(data / ("ptx" if (data / "ptx").is_dir() else "sft") / "train")
 
     def run(self) -> dict[str, Any]:
-        """Train and save; returns the stage's metrics."""
-        began = time.monotonic()
-        tokens, history = 0.0, []
-        for step in range(self.spec.steps):
+        """Resume if there is a checkpoint, train and save; returns the stage's metrics."""
+        average = self.engine.actor_ema
+        engines = {"actor": (self.engine.actor, average)}
+        if self.engine.critic is not None:
+            engines["critic"] = (self.engine.critic, None)
+        self.checkpoints = Checkpointer(self.context, self.engine.ranks, engines, self)
+        position = self.checkpoints.restore() or Position(step=0, phase="rollout")
+        for step in range(position.step, self.spec.steps):
             self.trainer.on_life = partial(self._tell, step)
+            self._tell(step)
             metrics = self.step(step)
-            tokens += metrics["rollout_tokens"] + metrics["prompt_tokens"]
-            history.append(metrics)
+            self.tokens += metrics["rollout_tokens"] + metrics["prompt_tokens"]
+            self.history.append({name: metrics[name] for name in HISTORY})
             self.context.log("train", step + 1, metrics)
             self.shown = {k: metrics[k] for k in ("score", "kl_sequence", "response_length", "eos_rate")}
             self._tell(step + 1)
             self._snapshot(step + 1)
-        seconds = time.monotonic() - began
+            self.checkpoints.at(Position(step=step + 1, phase="rollout"))
+        self.checkpoints.close()
         self.save()
-        last = history[-max(1, len(history) // 10) :]
+        last = self.history[-max(1, len(self.history) // 10) :]
         return {
             "steps": self.spec.steps,
             "parameters_trained": self.trained,
-            "tokens": int(tokens),
-            "tokens_per_second": tokens / seconds,
-            "score_first": history[0]["score"],
-            "score_last": sum(m["score"] for m in last) / len(last),
-            "kl_sequence_last": sum(m["kl_sequence"] for m in last) / len(last),
-            "eos_rate_last": sum(m["eos_rate"] for m in last) / len(last),
+            "tokens": int(self.tokens),
+            "tokens_per_second": self.tokens / sum(self.seconds.values()),
+            "score_first": self.history[0]["score"],
+            **{f"{name}_last": sum(m[name] for m in last) / len(last) for name in HISTORY},
+            **self.checkpoints.metrics(),
         }
 
     def _tell(self, step: int) -> None:
@@ -88,15 +110,67 @@ class PPOStage:
         self.context.progress(step, self.spec.steps, "train", self.shown, unit="rollout")
 
     def step(self, step: int) -> dict[str, float]:
-        """One rollout and the updates on it."""
-        began = time.monotonic()
-        experience = self.trainer.generate_experience(self.prompts(step))
-        sampled = time.monotonic()
-        self.trainer.train_rlhf(experience, self.pretraining if self.texts is not None else None)
-        if step % max(1, self.spec.steps // 10) == 0:
-            self._log_answers(step, experience)
-        times = {"seconds_rollout": sampled - began, "seconds_update": time.monotonic() - sampled}
-        return {**self.trainer.metrics, **times}
+        """One rollout and the updates on it; what a checkpoint has of it is not done again."""
+        before = dict(self.seconds)
+        if self._experience is None:
+            if self._answers is None:
+                with self._clock("rollout"):
+                    self._answers = self.trainer.sample(self.prompts(step))
+            self.checkpoints.at(Position(step=step, phase="score"))
+            with self._clock("rollout"):
+                self._experience = self.trainer.score(self._answers)
+            self._answers = None
+            if step % max(1, self.spec.steps // 10) == 0:
+                self._log_answers(step, self._experience)
+        self.trainer.on_update = partial(self._updated, step)
+        self._updated(step)
+        with self._clock("update"):
+            self.trainer.train_rlhf(self._experience, self.pretraining if self.texts is not None else None)
+        self._experience = None
+        return {**self.trainer.metrics, **{f"seconds_{k}": v - before[k] for k, v in self.seconds.items()}}
+
+    def _updated(self, step: int) -> None:
+        self.checkpoints.at(Position(step=step, phase="update", update=self.trainer.updates))
+
+    @contextmanager
+    def _clock(self, part: str) -> Iterator[None]:
+        """Count the seconds of a `with` block, but those that checkpoints take, to a part of the rollout."""
+        began, waited = time.monotonic(), self.checkpoints.seconds
+        yield
+        self.seconds[part] += time.monotonic() - began - (self.checkpoints.seconds - waited)
+
+    def record(self) -> dict[str, Any]:
+        """Counters, for a checkpoint."""
+        own = {"tokens": self.tokens, "seconds": self.seconds, "history": self.history, "shown": self.shown}
+        own["world"] = self.engine.ranks.world
+        return {**own, "trainer": self.trainer.record()}
+
+    def shared(self) -> dict[str, Tensor]:
+        """Nothing: what ranks hold alike is in the engines."""
+        return {}
+
+    def own(self) -> dict[str, Tensor]:
+        """This rank's part of the rollout that is under way."""
+        flight = self._experience if self._answers is None else self._answers
+        return flight.to("cpu").tensors() if flight is not None else {}
+
+    def resume(
+        self, position: Position, record: dict[str, Any], shared: dict[str, Tensor], own: Sequence[dict[str, Tensor]]
+    ) -> None:
+        """Take up what `record` and `own` said."""
+        self.trainer.resume(record["trainer"])
+        self.tokens, self.history, self.shown = record["tokens"], record["history"], record["shown"]
+        self.seconds = record["seconds"]
+        if position.phase == "rollout":
+            return
+        ranks, parts = self.engine.ranks, [Experience(**tensors) for tensors in own]  # pyright: ignore
+        if not parts:
+            raise IntegrityError(f"checkpoint: the rollout under way at {position} is missing")
+        pad = self.engine.tokenizer.pad_token_id
+        if len(parts) > 1 or record["world"] != ranks.world:
+            parts = [deal_experience(parts, pad, self.spec.answers, ranks.rank, ranks.world)]
+        flight = parts[0].to(ranks.device)
+        self._answers, self._experience = (flight, None) if position.phase == "score" else (None, flight)
 
     def pretraining(self, update: int) -> list[Row]:
         """The pretraining rows of one optimizer step, the same on all ranks."""

@@ -10,7 +10,6 @@ is off in all models. Without a critic (RLOO, REINFORCE++, GRPO) the answers to 
 `trainer.metrics` holds the health metrics of the last call. The PPO stage runs on these two classes.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from rlhf_core.answer_scorer import AnswerScorer
 from rlhf_core.batches import Row, deal
 from rlhf_core.distributed import sum_over_ranks
 from rlhf_core.engine import check_finite, grad_norm, set_lr
-from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.errors import ConfigError, DataError, NonFiniteError
 from rlhf_core.experience import Experience, gather_experience
 from rlhf_core.models import check_positions
 from rlhf_core.ppo_args import PPOArgs, ppo_args
@@ -32,6 +31,7 @@ from rlhf_core.rollout import Sampling, generate
 from rlhf_core.scoring import label_nats, response_scores
 
 PretrainingRows = Callable[[int], Sequence[Row]]
+RECORDED = ("kl_coef", "iteration", "optimizer_step", "samples", "metrics", "updates", "update_sums", "last_kl")
 ACTOR_SUMS = ("actor_loss", "approx_kl", "clip_fraction", "entropy_update", "ratio_mean", "kl_loss")
 
 
@@ -42,6 +42,9 @@ class DeepSpeedPPOTrainer:
         metrics: of the last `generate_experience` and `train_rlhf`, names as in the README.
         kl_coef: the current KL coefficient (moves with the adaptive controller).
         iteration: finished `train_rlhf` calls.
+        updates, update_sums, last_kl: optimizer steps done in the `train_rlhf` call under way, the sums of their
+            statistics, the policy's move in the last; a call with these set goes on after them.
+        on_update: called after every optimizer step.
         on_life: called after every batch of answers, scores and updates, as a sign of life within a rollout.
     """
 
@@ -57,6 +60,8 @@ class DeepSpeedPPOTrainer:
         self.optimizer_step = 0
         self.samples = 0
         self.metrics: dict[str, float] = {}
+        self._forget_updates()
+        self.on_update: Callable[[], None] | None = None
         self.on_life: Callable[[], None] | None = None
         self.total_steps = engine.num_total_iters * self.spec.ppo_epochs * self.spec.minibatches
         self.vocabulary = len(self.tokenizer)
@@ -75,6 +80,10 @@ class DeepSpeedPPOTrainer:
         Returns:
             This rank's rows; the answers to one prompt side by side.
         """
+        return self.score(self.sample(prompt_batch))
+
+    def sample(self, prompt_batch: Mapping[str, Any]) -> Experience:
+        """The first half of `generate_experience`: answers, not scored yet."""
         prompts, answers = self._prompt_lists(prompt_batch), self.spec.answers
         ids = prompt_batch.get("sample_ids")
         numbers = self._next_names(len(prompts)) if ids is None else [int(i) for i in ids]
@@ -94,9 +103,25 @@ class DeepSpeedPPOTrainer:
             lock_step=zero3,
             on_batch=lambda _: self.tell(),
         )
-        experience = self.scorer.score(rollout, names)
+        return self.scorer.unscored(rollout, names)
+
+    def score(self, answers: Experience) -> Experience:
+        """The second half of `generate_experience`: what reference, critic and reward sources say of the answers."""
+        self.eval()
+        experience = self.scorer.score(answers)
         self.metrics = self._rollout_metrics(experience)
         return experience
+
+    def record(self) -> dict[str, Any]:
+        """All that the trainer's further steps depend on beside the engines, as JSON; for a checkpoint."""
+        return {name: getattr(self, name) for name in RECORDED}
+
+    def resume(self, record: Mapping[str, Any]) -> None:
+        """Take up what `record` said. ConfigError: it is of another version."""
+        if missing := [name for name in RECORDED if name not in record]:
+            raise ConfigError(f"checkpoint: has no {missing[0]}; it cannot be resumed")
+        for name in RECORDED:
+            setattr(self, name, record[name])
 
     def tell(self) -> None:
         """Give a sign of life."""
@@ -179,30 +204,31 @@ class DeepSpeedPPOTrainer:
             )
         advantages, returns = self.advantages(everything)
         self.train()
-        sums: dict[str, float] = defaultdict(float)
         actor_on = self.iteration >= self.spec.critic_warmup
-        updates, stopped = 0, False
-        for epoch in range(self.spec.ppo_epochs):
+        planned = self.spec.ppo_epochs * self.spec.minibatches
+        while self.updates < planned and not self._stopped():
+            epoch, k = divmod(self.updates, self.spec.minibatches)
             order = np.random.default_rng((self.args.seed, self.iteration, epoch)).permutation(len(everything))
-            for k in range(self.spec.minibatches):
-                chosen = torch.from_numpy(order[k * minibatch : (k + 1) * minibatch])
-                rows = ptx(self.optimizer_step) if ptx and self.spec.ptx and actor_on else []
+            chosen = torch.from_numpy(order[k * minibatch : (k + 1) * minibatch])
+            rows = ptx(self.optimizer_step) if ptx and self.spec.ptx and actor_on else []
+            try:
                 stats = self._update(everything, advantages, returns, chosen, actor_on, rows)
-                if not updates:
-                    self.metrics["ratio_first"] = stats["ratio_deviation"]
-                updates += 1
-                for name, value in stats.items():
-                    sums[name] += value
-                limit = self.spec.kl_stop
-                if limit is not None and stats["approx_kl"] > limit:
-                    stopped = True
-                    break
-            if stopped:
-                break
+            except NonFiniteError:
+                self._forget_updates()
+                raise
+            if not self.updates:
+                self.metrics["ratio_first"] = stats["ratio_deviation"]
+            self.updates += 1
+            self.update_sums = {name: self.update_sums.get(name, 0.0) + value for name, value in stats.items()}
+            self.last_kl = stats["approx_kl"]
+            if self.on_update is not None:
+                self.on_update()
+        updates, stopped = self.updates, self._stopped()
         # A stopped rollout uses up its share of the schedule, so the schedule ends where it should.
-        self.optimizer_step += self.spec.ppo_epochs * self.spec.minibatches - updates
-        self.metrics.update({name: value / updates for name, value in sums.items()})
+        self.optimizer_step += planned - updates
+        self.metrics.update({name: value / updates for name, value in self.update_sums.items()})
         self.metrics.update(updates=updates, kl_stopped=float(stopped))
+        self._forget_updates()
         values, mask = everything.values, everything.response_mask
         if self.engine.critic is not None:
             self.metrics["explained_variance"] = float(pm.explained_variance(values, returns, mask))
@@ -210,6 +236,14 @@ class DeepSpeedPPOTrainer:
         self._adapt_kl(len(everything))
         self.iteration += 1
         return self.metrics["actor_loss"], self.metrics.get("critic_loss", 0.0)
+
+    def _forget_updates(self) -> None:
+        self.updates, self.last_kl = 0, 0.0
+        self.update_sums: dict[str, float] = {}
+
+    def _stopped(self) -> bool:
+        """Whether the last update moved the policy so far that the rest of this rollout is left out."""
+        return self.spec.kl_stop is not None and self.last_kl > self.spec.kl_stop
 
     def advantages(self, e: Experience) -> tuple[Tensor, Tensor]:
         """Advantages and returns of the global batch, `[batch, response]` each, by the spec's estimator.

@@ -86,7 +86,9 @@ def main(argv: list[str] | None = None) -> int:
 def run_rank(store: Store, job: JobSpec) -> None:
     """Run the stage on this rank; rank 0 uploads the result."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    out = Path(tempfile.mkdtemp(prefix=f"rlhf-{job.stage}-"))
+    # The guard removes the job's scratch folder, also when this process is killed.
+    folder = Path(tempfile.mkdtemp(prefix=f"rlhf-{job.stage}-", dir=os.environ.get("RLHF_SCRATCH")))
+    (out := folder / "files").mkdir()
     context = JobContext(job=job, store=store, out=out, rank=rank, world=world)
     try:
         metrics = stage_runner(job.stage)(context)
@@ -94,7 +96,7 @@ def run_rank(store: Store, job: JobSpec) -> None:
             context.progress(0, 1, "upload")
             upload_result(context, metrics)
     finally:
-        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def upload_result(context: JobContext, metrics: dict[str, Any]) -> None:
@@ -115,6 +117,7 @@ def upload_result(context: JobContext, metrics: dict[str, Any]) -> None:
             "python": platform.python_version(),
             "versions": {name: metadata.version(name) for name in PACKAGES},
             "processes": context.world,
+            "resumed": context.resumed,
         },
     )
     store.write(f"{job.folder}/result.json", seal(result))

@@ -16,6 +16,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from rlhf_core.batches import Row, deal, open_rows, pair_lengths, step_rows, total_steps
+from rlhf_core.checkpointing import Checkpointer
+from rlhf_core.checkpoints import Position
 from rlhf_core.context import JobContext
 from rlhf_core.distributed import gather, start
 from rlhf_core.engine import train_engine
@@ -37,6 +39,8 @@ class Trainer(ABC, Generic[S]):
         evaluate_first: whether the start is evaluated too.
         tokenizer: of the data.
         steps: optimizer steps of the stage.
+        tokens, seconds: trained on and spent in training so far, before a resume too.
+        metrics: of the last step.
     """
 
     shown: tuple[str, ...] = ("loss",)
@@ -55,7 +59,8 @@ class Trainer(ABC, Generic[S]):
         self.test_rows = open_rows(data / share / "test")
         stage = context.job.stage
         self.steps = total_steps(len(self.train_rows), spec.batch_size, spec.epochs, spec.max_steps, stage)
-        self.tokens = 0.0
+        self.tokens, self.seconds = 0.0, 0.0
+        self.metrics: dict[str, float] = {}
 
     @property
     def quantize(self) -> str | None:
@@ -71,29 +76,56 @@ class Trainer(ABC, Generic[S]):
         self.engine = train_engine(model, self.spec.optim, self.resources, self.spec.precision, lora=self.spec.lora)
 
     def run(self) -> dict[str, Any]:
-        """Train, evaluate, save; returns the stage's metrics."""
-        began = time.monotonic()
-        if self.evaluate_first:
+        """Resume if there is a checkpoint, train, evaluate, save; returns the stage's metrics."""
+        self.checkpoints = Checkpointer(self.context, self.ranks, {"model": (self.engine, None)}, self)
+        position = self.checkpoints.restore()
+        self.prepare()
+        if position is None and self.evaluate_first:
             self.evaluate(0)
-        metrics: dict[str, float] = {}
-        for step in range(self.steps):
-            metrics = self.step(step)
+        first = position.step if position else 0
+        began = time.monotonic() - self.seconds
+        for step in range(first, self.steps):
+            metrics = self.metrics = self.step(step)
             self.context.log("train", step + 1, metrics)
             self.context.progress(step + 1, self.steps, "train", {name: metrics[name] for name in self.shown})
             if self.spec.eval_every and (step + 1) % self.spec.eval_every == 0 and step + 1 < self.steps:
                 self.evaluate(step + 1)
-        seconds = time.monotonic() - began
+            self.seconds = time.monotonic() - began
+            self.checkpoints.at(Position(step=step + 1))
+        self.checkpoints.close()
         evaluation = self.evaluate(self.steps)
         return {
             "steps": self.steps,
             "parameters": self.parameters,
             "parameters_trained": self.trained,
             "tokens": int(self.tokens),
-            "tokens_per_second": self.tokens / seconds,
-            "loss_last": metrics["loss"],
+            "tokens_per_second": self.tokens / self.seconds,
+            "loss_last": self.metrics["loss"],
+            **self.checkpoints.metrics(),
             **self.save(),
             **{f"eval_{name}": value for name, value in evaluation.items()},
         }
+
+    def prepare(self) -> None:
+        """What comes before the first step, on a resumed stage too."""
+
+    def record(self) -> dict[str, Any]:
+        """Counters, for a checkpoint."""
+        return {"tokens": self.tokens, "seconds": self.seconds, "metrics": self.metrics}
+
+    def shared(self) -> dict[str, Tensor]:
+        """Tensors beside the engine that all ranks hold alike."""
+        return {}
+
+    def own(self) -> dict[str, Tensor]:
+        """Tensors beside the engine that each rank has for itself."""
+        return {}
+
+    def resume(
+        self, position: Position, record: dict[str, Any], shared: dict[str, Tensor], own: Sequence[dict[str, Tensor]]
+    ) -> None:
+        """Take up what `record`, `shared` and `own` said."""
+        self.tokens, self.seconds, self.metrics = record["tokens"], record["seconds"], record["metrics"]
 
     @abstractmethod
     def step(self, step: int) -> dict[str, float]:

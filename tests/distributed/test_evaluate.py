@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 import ranks
 import tiny
 
-from rlhf_core.artifacts import ArtifactRef
+from rlhf_core.artifacts import ArtifactRef, make_ref
+from rlhf_core.checkpoints import Position
 from rlhf_core.specs import ModelSpec
 from rlhf_core.store import Store
 
@@ -30,12 +32,25 @@ os._exit(0)
 
 def evaluate_rank(root: str, out: str, base: str | None, spec: dict, resources: dict, refs: str) -> dict:
     """One rank's run of the stage."""
+    from rlhf_core.checkpointing import Checkpointer
     from rlhf_core.evaluate import Evaluator
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     found = {k: ArtifactRef.model_validate(v) for k, v in json.loads(Path(root, refs).read_text()).items()}
     folder = Path(out) if rank == 0 else Path(f"{out}-{rank}")
     context = tiny.context(Store(f"file://{root}/store"), "evaluate", spec, found, folder, rank, world, **resources)
+    # An artifact of its own, so that no run takes up what another has left.
+    context.job = context.job.model_copy(update={"output": make_ref("evaluate", "tiny-out", {"out": out}, found)})
+    if after := int(os.environ.get("DIE_AFTER_MODELS", "0")):
+        plain = Checkpointer.at
+
+        def at(self: Checkpointer, position: Position, always: bool = False) -> None:
+            plain(self, position, always)
+            if position.step == after:
+                self._wait()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Checkpointer.at = at
     if base:
         job = context.job.model_copy(update={"model": ModelSpec.model_validate({"path": base})})
         context = type(context)(job, context.store, context.out, rank, world)
@@ -100,7 +115,10 @@ def evaluate(
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * world
+    codes = [-signal.SIGKILL if "DIE_AFTER_MODELS" in os.environ else 0] * world
+    assert [process.returncode for process in processes] == codes
+    if any(codes):
+        return {}
     (line,) = (line for line in printed[0].splitlines() if line.startswith("METRICS"))
     return json.loads(line.removeprefix("METRICS"))
 
@@ -121,6 +139,19 @@ def test_two_processes_write_the_bytes_of_one(root, plain, tmp_path):
     for name in FILES:
         assert (tmp_path / "two" / name).read_bytes() == (plain[0] / name).read_bytes(), name
     assert not list((tmp_path / "two-1").iterdir()), "only rank 0 writes"
+
+
+def test_a_killed_evaluation_goes_on_with_the_next_model_and_ends_with_the_same_bytes(
+    root, plain, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("DIE_AFTER_MODELS", "1")
+    evaluate(root, tmp_path / "cut", world=2, base=True, micro_batch=5, rollout_micro_batch=6)
+    monkeypatch.setenv("DIE_AFTER_MODELS", "3")
+    evaluate(root, tmp_path / "cut", world=2, base=True, micro_batch=5, rollout_micro_batch=6)
+    monkeypatch.delenv("DIE_AFTER_MODELS")
+    evaluate(root, tmp_path / "cut", world=2, base=True, micro_batch=5, rollout_micro_batch=6)
+    for name in FILES:
+        assert (tmp_path / "cut" / name).read_bytes() == (plain[0] / name).read_bytes(), name
 
 
 def test_at_zero_3_models_are_divided_and_nothing_changes_but_rounding(root, plain, tmp_path):

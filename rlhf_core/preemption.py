@@ -1,0 +1,119 @@
+"""The rank's side of being told to end: a flag instead of a sudden death, so that the stage can save where it is.
+
+Before `install` SIGTERM ends a rank at once; between `install` and `uninstall` it only sets what `requested` returns, and the
+checkpointer looks there at every point from which the stage can be resumed. On the first rank of each node a thread also watches
+the notice that a cloud gives before it takes a machine away: a file, or a URL of the metadata service. Which ranks were told is
+theirs to agree on (`checkpointing`); what ends those that take too long is the guard. Neither torch nor any other rank here.
+"""
+
+import os
+import signal
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin
+
+FILE_SECONDS = 1.0  # between looks at a file
+URL_SECONDS = 5.0  # between questions; clouds give 30 s (Google) to 120 s (Amazon)
+TIMEOUT_SECONDS = 3.0
+NOT_YET = ("FALSE", "NONE", "")  # what Google's metadata service answers while nothing is planned
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+_reason: str | None = None
+_watch: threading.Event | None = None  # set: the thread that watches the notice is to end
+
+
+def install(notice: str | None = None) -> None:
+    """From now on SIGTERM and SIGINT, or the notice, only set what `requested` returns. In the main thread.
+
+    Args:
+        notice: a file that appears, or an http(s) URL that answers 200, when this machine is about to be taken away.
+    """
+    global _watch
+    for signo in SIGNALS:
+        signal.signal(signo, _told)
+    if notice and _watch is None and os.environ.get("LOCAL_RANK", "0") == "0":
+        _watch = threading.Event()
+        threading.Thread(target=_watch_notice, args=(notice, _watch), daemon=True, name="notice").start()
+
+
+def uninstall() -> None:
+    """SIGTERM and SIGINT end this process again; the notice is no longer watched."""
+    global _watch
+    for signo in SIGNALS:
+        signal.signal(signo, signal.SIG_DFL)
+    if _watch is not None:
+        _watch.set()
+        _watch = None
+
+
+def requested() -> str | None:
+    """Why this job is to end, e.g. "received SIGTERM"; None: go on."""
+    return _reason
+
+
+def _told(signo: int, _: Any) -> None:
+    _set(f"received {signal.Signals(signo).name}")
+
+
+def _set(reason: str) -> None:
+    global _reason
+    _reason = _reason or reason  # told twice is told once: the launcher passes on what the guard has sent already
+
+
+# --- the notice ------------------------------------------------------------------------------------------------------
+
+
+def _watch_notice(notice: str, over: threading.Event) -> None:
+    remote = notice.startswith(("http://", "https://"))
+    troubled = False
+    while not over.wait(URL_SECONDS if remote else FILE_SECONDS):
+        try:
+            given = answers(notice) if remote else Path(notice.removeprefix("file://")).exists()
+        except OSError as error:  # also urllib's
+            if not troubled:
+                print(f"the notice {notice} cannot be asked for: {error}; asking on", file=sys.stderr, flush=True)
+            troubled = True
+            continue
+        if given:
+            _set(f"notice at {notice}")
+            return
+
+
+def answers(url: str) -> bool:
+    """Whether the metadata service says that this machine is about to be taken away.
+
+    Amazon's answers 404 until then, and may want a token first; Google's always answers, with FALSE or NONE until then.
+
+    Raises:
+        OSError: it cannot be reached, or answers neither 200, 401 nor 404.
+    """
+    try:
+        return _ask(url, {})
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            return False
+        if error.code != 401:
+            raise
+    token = _get(urljoin(url, "/latest/api/token"), {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT")
+    try:
+        return _ask(url, {"X-aws-ec2-metadata-token": token})
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            return False
+        raise
+
+
+def _ask(url: str, headers: dict[str, str]) -> bool:
+    return _get(url, {"Metadata-Flavor": "Google", **headers}).strip().upper() not in NOT_YET
+
+
+def _get(url: str, headers: dict[str, str], method: str = "GET") -> str:
+    # The metadata service is of this machine: no proxy reaches it.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(url, headers=headers, method=method)
+    with opener.open(request, timeout=TIMEOUT_SECONDS) as answer:
+        return answer.read(4096).decode(errors="replace")

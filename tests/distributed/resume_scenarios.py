@@ -1,0 +1,149 @@
+"""Stages that are stopped and taken up again, on every rank of a small process group; started by `ranks.run`.
+
+A stop is an exception at a point where the stage could be saved; the next attempt builds its engines anew and has nothing but
+the store to go on from. Sudden deaths of real processes are the business of the fault tests.
+"""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny
+import torch
+from scenarios import INPUTS, main
+
+from rlhf_core import checkpoints
+from rlhf_core.artifacts import ArtifactRef, describe, make_ref
+from rlhf_core.checkpointing import Checkpointer
+from rlhf_core.checkpoints import Position
+from rlhf_core.store import Store
+
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+TIMES = ("seconds", "seconds_rollout", "seconds_update")
+
+
+class Stopped(BaseException):
+    """The stage ends here, as if its processes had gone."""
+
+
+def build(root: str, job: dict[str, Any], label: str, attempt: int) -> tuple[Any, Path]:
+    """A job context of one attempt."""
+    refs = {k: ArtifactRef.model_validate(v) for k, v in json.loads((Path(root) / "refs.json").read_text()).items()}
+    inputs = {k: refs[k] for k in INPUTS[job["name"]]}
+    out = Path(os.environ["RANKS_OUT"]) / f"out-{RANK}" / f"{label}-{attempt}" / "files"
+    context = tiny.context(
+        Store(f"file://{root}/store"), job["name"], job["spec"], inputs, out, RANK, WORLD, **job["resources"]
+    )
+    output = make_ref(job["name"], label, {"world": job.get("world", WORLD)}, inputs)
+    context.job = context.job.model_copy(update={"output": output, "attempt": attempt})
+    return context, out
+
+
+def attempt(root: str, job: dict[str, Any], label: str, number: int, stop: list[Any] | None, always: bool) -> Path:
+    """Run one attempt, to its end or to the position `stop`; returns its output folder."""
+    from rlhf_core.train import stage_runner
+
+    context, out = build(root, job, label, number)
+    plain = Checkpointer.at
+
+    def at(self: Checkpointer, position: Position, always_here: bool = False) -> None:
+        plain(self, position, always or always_here)
+        if stop and [position.step, position.phase, position.update] == stop:
+            self._wait()  # so that it is known from where the next attempt goes on
+            raise Stopped
+
+    Checkpointer.at = at
+    try:
+        stage_runner(job["name"])(context)
+        assert not stop, f"{stop} was never reached"
+    except Stopped:
+        shutil.rmtree(out)
+    finally:
+        Checkpointer.at = plain
+        random.seed(99), np.random.seed(99), torch.manual_seed(99)  # whoever comes next must restore his own
+    return out
+
+
+def one_attempt(root: str, jobs: dict[str, dict[str, Any]], number: int, stopped: bool) -> dict[str, Any]:
+    """Attempt `number` at each job, to its first stop or to its end; rank 0 returns the metrics of those that ended.
+
+    An attempt that goes on after another saves what it has taken up before it goes on.
+    """
+    plain = Checkpointer.restore
+
+    def restore(self: Checkpointer) -> Position | None:
+        position = plain(self)
+        if position is not None:
+            self.save(position)
+        return position
+
+    Checkpointer.restore = restore
+    found = {}
+    for label, job in jobs.items():
+        saved = {**job, "resources": {**job["resources"], "checkpoint": {"keep": 1000, "every_minutes": None}}}
+        out = attempt(root, saved, label, number, job["stops"][0] if stopped else None, always=True)
+        if not RANK:
+            found[label] = [] if stopped else rows_of(out)
+    return found
+
+
+def engines_by_position(root: str, job: dict[str, Any], label: str) -> dict[str, dict[str, str]]:
+    """What the store holds of a run: for each saved position the checksums of the engines' states."""
+    store, (context, _) = Store(f"file://{root}/store"), build(root, job, label, 1)
+    found = {}
+    for key in reversed(checkpoints.marker_keys(store, context.job.output)):
+        marker = checkpoints.read_marker(store, context.job.output, key)
+        checkpoints.check(store, marker, checksums=False)
+        found[str(marker.position)] = {
+            p.name: p.sha256 for p in marker.parts if p.name.endswith(".safetensors") and "/rank-" in p.name
+        }
+    return found
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    """The metrics of a run without its times."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def weights_of(out: Path) -> dict[str, str]:
+    """Checksums of all weights that a run wrote."""
+    return {e.path: e.sha256 for e in describe(out) if e.path.endswith(".safetensors")}
+
+
+def resumed(root: str, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Each job undisturbed, and stopped at each of `stops` and taken up again; rank 0 returns what differs.
+
+    A job is {"name", "spec", "resources", "stops", "every"}: with "every" the second run saves by that many steps only.
+    """
+    found: dict[str, Any] = {}
+    keep = {"keep": 1000, "every_minutes": None}
+    for label, job in jobs.items():
+        plain = {**job, "resources": {**job["resources"], "checkpoint": keep}}
+        every = job.get("every")
+        sparse = {**job, "resources": {**job["resources"], "checkpoint": {**keep, "every_steps": every}}}
+        whole = attempt(root, plain, f"{label}-whole", 1, None, always=True)
+        stops = [*job["stops"], None]
+        outs = [
+            attempt(root, sparse, f"{label}-cut", n + 1, stop, always=every is None) for n, stop in enumerate(stops)
+        ]
+        if RANK:
+            continue
+        undisturbed = engines_by_position(root, job, f"{label}-whole")
+        disturbed = engines_by_position(root, job, f"{label}-cut")
+        found[label] = {
+            "positions": list(undisturbed),
+            "saved": list(disturbed),
+            "different": [p for p, parts in disturbed.items() if undisturbed[p] != parts],
+            "rows": [rows_of(whole) == rows_of(outs[-1]), len(rows_of(whole))],
+            "weights": [weights_of(whole) == weights_of(outs[-1]), len(weights_of(whole))],
+        }
+    return found
+
+
+if __name__ == "__main__":
+    main(globals())

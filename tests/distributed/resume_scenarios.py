@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,84 @@ def resumed(root: str, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "weights": [weights_of(whole) == weights_of(outs[-1]), len(weights_of(whole))],
         }
     return found
+
+
+SMALL_SFT: dict[str, Any] = {
+    "name": "sft",
+    "resources": {"micro_batch": 4, "zero_stage": 2, "checkpoint": {"every_steps": 1, "keep": 1}},
+    "spec": {"max_steps": 5, "batch_size": 12, "optim": {"lr": 1e-3}},
+}
+
+
+def deletions(root: str) -> list[int]:
+    """How many complete checkpoints there are at each moment when a part is deleted."""
+    from rlhf_core.train import stage_runner
+
+    context, _ = build(root, SMALL_SFT, "deletions", 1)
+    plain, seen = Store.delete, []
+
+    def delete(self: Store, key: str) -> None:
+        if "/parts/" in key or key.endswith(".json"):
+            others = [k for k in checkpoints.marker_keys(self, context.job.output) if k != key]
+            whole = [checkpoints.read_marker(self, context.job.output, k) for k in others]
+            for marker in whole:
+                checkpoints.check(self, marker, checksums=False)
+            seen.append(len(whole))
+        plain(self, key)
+
+    Store.delete = delete
+    stage_runner("sft")(context)
+    return seen
+
+
+def failing_upload(root: str) -> dict[str, Any]:
+    """What comes of a store that takes no parts of checkpoints any more after the first one."""
+    from rlhf_core.errors import StoreError
+    from rlhf_core.train import stage_runner
+
+    context, out = build(root, SMALL_SFT, "failing-upload", 1)
+    plain, calls = Store.upload, []
+
+    def upload(self: Store, local: Path, key: str) -> None:
+        calls.append(key)
+        if len(calls) > 3:
+            raise StoreError(f"upload {key}: no space left")
+        plain(self, local, key)
+
+    Store.upload = upload
+    try:
+        stage_runner("sft")(context)
+    except StoreError as error:
+        steps = [row for row in rows_of(out) if row["kind"] == "train"]
+        return {"error": type(error).__name__, "message": str(error), "steps": len(steps)}
+    raise AssertionError("it went on to the end")
+
+
+def dies_while_storing(root: str) -> dict[str, Any]:
+    """Rank 1 dies in the middle of storing its second part; what rank 0 finds in the store then."""
+    from rlhf_core.train import stage_runner
+
+    context, _ = build(root, SMALL_SFT, "dies-while-storing", 1)
+    plain, stored = Store.upload, []
+
+    def upload(self: Store, local: Path, key: str) -> None:
+        stored.append(key)
+        if RANK == 1 and len(stored) > 2:  # two parts each: the engine's and the rank's record
+            os.kill(os.getpid(), signal.SIGKILL)
+        plain(self, local, key)
+
+    Store.upload = upload
+    try:
+        stage_runner("sft")(context)
+    except Exception as error:  # the other rank is gone
+        print(f"rank 0: {type(error).__name__}: {error}", flush=True)
+    store, ref = context.store, context.job.output
+    keys = checkpoints.marker_keys(store, ref)
+    newest = checkpoints.newest(store, ref)
+    return {
+        "markers": [str(checkpoints.read_marker(store, ref, key).position) for key in keys],
+        "resumes": str(newest and newest.position),
+    }
 
 
 if __name__ == "__main__":

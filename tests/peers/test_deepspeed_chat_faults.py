@@ -107,6 +107,7 @@ CAUGHT_BY = {
     "complaint 16": STAGES + "test_reward_accuracy_is_the_count_over_all_held_out_pairs",
     "complaint 17": STAGES + "test_a_bloom_reward_model_takes_pairs_that_differ_from_the_first_token",
     "complaint 18": STAGES + "test_sft_loss_is_on_the_response_and_its_eos_alone",
+    "complaint 19": "tests/peers/test_checkpoint_faults.py::test_a_rollout_is_not_thrown_away",
     "complaint 20": ENGINES + "test_models_saved_at_zero_3_are_whole",
     "complaint 21": STAGES + "test_a_saved_model_brings_its_tokenizer_without_a_hub",
     "complaint 22": STAGES + "test_data_on_disk_is_not_padded_and_is_read_through_a_memory_map",
@@ -117,7 +118,6 @@ CAUGHT_BY = {
 }
 NOT_HERE = {
     "complaint 10": "a matter of fp16 on accelerators",
-    "complaint 19": "a matter of checkpoints",
     "complaint 24": "a matter of memory, which needs models of some size",
     "complaint 26": "no fault of code",
     "complaint 29": "no fault of code",

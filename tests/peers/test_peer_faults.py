@@ -1,7 +1,8 @@
 """Known faults of other RLHF systems, and details of PPO that they got wrong, each as a test of ours that fails if we have it.
 
 Systems: TRL, trlx, torchtune, ColossalChat, OpenRLHF, verl, NeMo-RL, AReaL; "N" is "The N implementation details of RLHF with
-PPO", "N+" arXiv 2403.17031. The names of the systems stand in the tests' comments. What concerns checkpoints is left out.
+PPO", "N+" arXiv 2403.17031. The names of the systems stand in the tests' comments. What concerns checkpoints is in
+`test_checkpoint_faults`.
 """
 
 import re

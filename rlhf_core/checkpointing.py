@@ -89,6 +89,10 @@ class RankRecord(Frozen):
     resumed: list[dict[str, Any]] = Field(description="the attempts before, and where each was taken up")
 
 
+class GivenUp(Exception):
+    """Raised in the middle of what need not be finished before a job ends."""
+
+
 @dataclass
 class _Upload:
     """One save on its way: local files by the names of their parts, and the thread that stores them."""
@@ -145,7 +149,7 @@ class Checkpointer:
 
         Raises:
             Preempted: this job is to end, and has saved its state.
-            StoreError: the last checkpoint could not be stored.
+            StoreError: the last checkpoint could not be stored, or the local disk is full.
         """
         began = time.monotonic()
         main, reason = self.ranks.rank == 0, preemption.requested()
@@ -210,14 +214,20 @@ class Checkpointer:
         if self._upload is not None and self._upload.error is not None:
             self._raise_upload_error()
         shutil.rmtree(self._local, ignore_errors=True)
-        upload = _Upload(position, kept, *self._snapshot(position))
+        try:
+            upload = _Upload(position, kept, *self._snapshot())
+        except OSError as error:
+            raise StoreError(
+                f"the checkpoint of {position} cannot be written to {self._local}: {error.strerror or error}; make room "
+                "there, or set TMPDIR to another folder"
+            ) from error
         upload.thread = threading.Thread(target=self._store, args=(upload,), daemon=True, name=f"save {position}")
         self._upload, self._saved, self._moves = upload, position, self._now()
         self._saved_at = time.monotonic()
         self.saves += 1
         upload.thread.start()
 
-    def _snapshot(self, position: Position) -> tuple[dict[str, Path], dict[str, Part]]:
+    def _snapshot(self) -> tuple[dict[str, Path], dict[str, Part]]:
         """This rank's state as local files; parts that are stored already are named only."""
         rank, moved = f"rank-{self.ranks.rank:03d}", self._moves != self._now()
         files: dict[str, Path] = {}

@@ -8,8 +8,8 @@ snapshots of it on the way. Pretraining text for the mixture loss is a stream of
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,12 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from rlhf_core import preemption
 from rlhf_core.batches import Row, open_rows, step_rows
-from rlhf_core.checkpointing import Checkpointer
+from rlhf_core.checkpointing import Checkpointer, GivenUp
 from rlhf_core.checkpoints import Position
 from rlhf_core.context import JobContext
+from rlhf_core.distributed import any_rank
 from rlhf_core.errors import IntegrityError
 from rlhf_core.experience import Experience, deal_experience
 from rlhf_core.lora import trained
@@ -114,20 +116,44 @@ class PPOStage:
         before = dict(self.seconds)
         if self._experience is None:
             if self._answers is None:
-                with self._clock("rollout"):
-                    self._answers = self.trainer.sample(self.prompts(step))
+                self._answers = self._sample(step)
             self.checkpoints.at(Position(step=step, phase="score"))
-            with self._clock("rollout"):
-                self._experience = self.trainer.score(self._answers)
+            self._experience = self._score(step, self._answers)
             self._answers = None
-            if step % max(1, self.spec.steps // 10) == 0:
-                self._log_answers(step, self._experience)
+            self.checkpoints.at(Position(step=step, phase="update"))
         self.trainer.on_update = partial(self._updated, step)
-        self._updated(step)
         with self._clock("update"):
             self.trainer.train_rlhf(self._experience, self.pretraining if self.texts is not None else None)
+        if step % max(1, self.spec.steps // 10) == 0:
+            self._log_answers(step, self._experience)
         self._experience = None
         return {**self.trainer.metrics, **{f"seconds_{k}": v - before[k] for k, v in self.seconds.items()}}
+
+    def _sample(self, step: int) -> Experience:
+        with self._clock("rollout"):
+            found = self._unless_told_to_end(lambda: self.trainer.sample(self.prompts(step)))
+        if found is None:
+            self.checkpoints.at(Position(step=step, phase="rollout"))
+        assert found is not None, "the job was told to end, and has"
+        return found
+
+    def _score(self, step: int, answers: Experience) -> Experience:
+        with self._clock("rollout"):
+            found = self._unless_told_to_end(lambda: self.trainer.score(answers))
+        if found is None:
+            self.checkpoints.at(Position(step=step, phase="score"))
+        assert found is not None, "the job was told to end, and has"
+        self.trainer.measure(found)
+        return found
+
+    def _unless_told_to_end(self, make: Callable[[], Experience]) -> Experience | None:
+        """What `make` makes; None on all ranks if one has given it up, because a machine's last seconds are too few for it."""
+        whole = all(int(e.zero_optimization_stage()) < 3 for e in self.engine.models.values())
+        self.trainer.give_up = _give_up if whole else None  # at ZeRO-3 every forward pass is collective
+        found = None
+        with suppress(GivenUp):
+            found = make()
+        return None if any_rank(found is None) else found
 
     def _updated(self, step: int) -> None:
         self.checkpoints.at(Position(step=step, phase="update", update=self.trainer.updates))
@@ -151,7 +177,7 @@ class PPOStage:
 
     def own(self) -> dict[str, Tensor]:
         """This rank's part of the rollout that is under way."""
-        flight = self._experience if self._answers is None else self._answers
+        flight = self._answers if self._experience is None else self._experience
         return flight.to("cpu").tensors() if flight is not None else {}
 
     def resume(
@@ -217,6 +243,11 @@ class PPOStage:
                     "score": round(float(one.scores[0]), 4),
                 }
                 file.write(json.dumps(text) + "\n")
+
+
+def _give_up() -> None:
+    if preemption.requested():
+        raise GivenUp
 
 
 def run(context: JobContext) -> dict[str, Any]:

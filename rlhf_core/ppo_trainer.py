@@ -45,6 +45,7 @@ class DeepSpeedPPOTrainer:
         updates, update_sums, last_kl: optimizer steps done in the `train_rlhf` call under way, the sums of their
             statistics, the policy's move in the last; a call with these set goes on after them.
         on_update: called after every optimizer step.
+        give_up: called before every token and every micro-batch of scores; may raise to end the rollout there.
         on_life: called after every batch of answers, scores and updates, as a sign of life within a rollout.
     """
 
@@ -67,7 +68,8 @@ class DeepSpeedPPOTrainer:
         self.vocabulary = len(self.tokenizer)
         spec, limit = self.spec, self.args.max_response_tokens
         self.sampling = Sampling(limit, spec.temperature, spec.top_k, spec.top_p, self.vocabulary)
-        self.scorer = AnswerScorer(engine, self.args, self.tell)
+        self.give_up: Callable[[], None] | None = None
+        self.scorer = AnswerScorer(engine, self.args, self._scored)
 
     def generate_experience(self, prompt_batch: Mapping[str, Any]) -> Experience:
         """Sample `samples_per_prompt` answers to each prompt of this rank and score them.
@@ -80,10 +82,12 @@ class DeepSpeedPPOTrainer:
         Returns:
             This rank's rows; the answers to one prompt side by side.
         """
-        return self.score(self.sample(prompt_batch))
+        experience = self.score(self.sample(prompt_batch))
+        self.measure(experience)
+        return experience
 
     def sample(self, prompt_batch: Mapping[str, Any]) -> Experience:
-        """The first half of `generate_experience`: answers, not scored yet."""
+        """The first part of `generate_experience`: answers, not scored yet."""
         prompts, answers = self._prompt_lists(prompt_batch), self.spec.answers
         ids = prompt_batch.get("sample_ids")
         numbers = self._next_names(len(prompts)) if ids is None else [int(i) for i in ids]
@@ -102,15 +106,18 @@ class DeepSpeedPPOTrainer:
             batch_size=self.resources.rollout_micro_batch,
             lock_step=zero3,
             on_batch=lambda _: self.tell(),
+            on_token=self.give_up,
         )
         return self.scorer.unscored(rollout, names)
 
     def score(self, answers: Experience) -> Experience:
-        """The second half of `generate_experience`: what reference, critic and reward sources say of the answers."""
+        """The second part of `generate_experience`: what reference, critic and reward sources say of the answers."""
         self.eval()
-        experience = self.scorer.score(answers)
+        return self.scorer.score(answers)
+
+    def measure(self, experience: Experience) -> None:
+        """The last part of `generate_experience`: `metrics` of the rollout just scored, over all ranks."""
         self.metrics = self._rollout_metrics(experience)
-        return experience
 
     def record(self) -> dict[str, Any]:
         """All that the trainer's further steps depend on beside the engines, as JSON; for a checkpoint."""
@@ -122,6 +129,11 @@ class DeepSpeedPPOTrainer:
             raise ConfigError(f"checkpoint: has no {missing[0]}; it cannot be resumed")
         for name in RECORDED:
             setattr(self, name, record[name])
+
+    def _scored(self) -> None:
+        self.tell()
+        if self.give_up is not None:
+            self.give_up()
 
     def tell(self) -> None:
         """Give a sign of life."""

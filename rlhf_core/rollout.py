@@ -165,6 +165,7 @@ def generate(
     batch_size: int = 64,
     lock_step: bool = False,
     on_batch: Callable[[int], None] | None = None,
+    on_token: Callable[[], None] | None = None,
 ) -> Rollout:
     """Sample one answer to each prompt.
 
@@ -179,13 +180,15 @@ def generate(
         batch_size: rows decoded together, grouped by prompt length.
         lock_step: ranks decode the same number of positions (ZeRO-3, where every forward pass is collective).
         on_batch: called with the number of rows done after each batch.
+        on_token: called before each forward pass; what it raises gives the rollout up.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     parts: list[Rollout] = []
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         names = np.array([sample_ids[i] for i in rows], dtype=np.int64)
-        parts.append(_generate_batch(model, [prompts[i] for i in rows], names, sampling, seed, eos, pad, lock_step))
+        asked = [prompts[i] for i in rows]
+        parts.append(_generate_batch(model, asked, names, sampling, seed, eos, pad, lock_step, on_token))
         if on_batch:
             on_batch(start + len(rows))
     back = torch.tensor(np.argsort(order))
@@ -201,6 +204,7 @@ def _generate_batch(
     eos: int,
     pad: int,
     lock_step: bool,
+    on_token: Callable[[], None] | None,
 ) -> Rollout:
     device = next(model.parameters()).device
     ids, mask = left_pad(prompts, pad, device)
@@ -211,6 +215,8 @@ def _generate_batch(
     alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
     columns: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]] = []
     for position in range(sampling.max_new_tokens):
+        if on_token:
+            on_token()
         inputs: dict[str, Any] = {"input_ids": step_ids, "attention_mask": seen, **head_last}
         if with_positions:
             inputs["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)[:, -step_ids.shape[1] :]

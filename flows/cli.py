@@ -7,6 +7,7 @@ PREFECT_API_URL, or starts a temporary one for as long as it takes.
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,21 +18,26 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from flows.artifacts_cli import artifacts
 from flows.evaluation import EvalFailed, Set, StoreOption, evaluate
 from flows.selection import forced_stages, plan_run, plan_to_run
-from flows.show import err, out, show_lineage, show_list, show_manifest, show_plan, show_results, table
-from flows.targets import DEFAULT_STORE, MODEL_FOLDERS, find_artifact, resolve, stage_name, store_of
+from flows.show import err, out, show_plan, show_results, table
+from flows.targets import DEFAULT_STORE, MODEL_FOLDERS, resolve, stage_name
 from rlhf_core import __version__
-from rlhf_core.artifacts import list_manifests
 from rlhf_core.config import PipelineConfig, load_config
-from rlhf_core.errors import ConfigError, RlhfError
+from rlhf_core.errors import ConfigError, ExitCode, RlhfError
 from rlhf_core.plan import StagePlan
 from rlhf_core.specs import STAGES, StageName
 from rlhf_core.store import Store
-from rlhf_core.tensorboard import write_events
 from tasks.headline import duration
 
 INTERRUPTED = 130
+GOES_ON = "the same command reuses the finished stages and goes on with this one from its last checkpoint"
+
+
+class Terminated(BaseException):
+    """SIGTERM: this machine or this run is being taken away."""
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,7 +46,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-artifacts = typer.Typer(no_args_is_help=True, help="Look at what the store holds.")
 app.add_typer(artifacts, name="artifacts")
 
 Config = Annotated[
@@ -51,7 +56,6 @@ From = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="build
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="let Python functions named in ppo.rewards run as part of the job")
 ]
-ConfigOption = Annotated[Path | None, typer.Option("--config", metavar="CONFIG", help="take the store from this file")]
 
 
 def _version(asked: bool) -> None:
@@ -85,7 +89,7 @@ def _root(
 def plan(
     config: Config, sets: Set = None, force: Force = None, first: From = None, allow_code: AllowCode = False
 ) -> None:
-    """Show for each stage whether it will be reused or built, and why. Starts nothing."""
+    """Show for each stage whether it will be reused, resumed or built, and why. Starts nothing."""
     _allow_code(allow_code)
     loaded = load_config(config, sets or ())
     show_plan(plan_run(loaded, Store(loaded.store), _forced(loaded, force, first)))
@@ -103,9 +107,10 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,
     allow_code: AllowCode = False,
 ) -> None:
-    """Run the pipeline: reuse the stages that have finished, build the others, start again one that was cut off.
+    """Run the pipeline: reuse the stages that have finished, build the others, resume one that was cut off.
 
-    Set PREFECT_API_URL to record the run on a Prefect server; without it a temporary one runs as long as the command.
+    SIGTERM ends it with code 75 and Ctrl-C with 130, after the running stage has saved where it is. Set
+    PREFECT_API_URL to record the run on a Prefect server; without it a temporary one runs as long as the command.
     """
     began = time.monotonic()
     _allow_code(allow_code)
@@ -117,22 +122,33 @@ def run(
     show_plan(planned)
     if dry_run:
         return
+    # While a flow runs, Prefect handles SIGTERM: it records the end and then has the signal handled as before.
+    before = signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         if not nothing_to_do(store, planned):
             run_flow(loaded, forced, only)
     except KeyboardInterrupt:
-        err.print("interrupted; the same command reuses the finished stages and starts this one again")
+        err.print(f"interrupted; {GOES_ON}", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
+    except Terminated:
+        err.print(f"ended by SIGTERM; {GOES_ON}", soft_wrap=True)
+        raise typer.Exit(ExitCode.PREEMPTED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     out.print()
     show_results(store, planned)
     out.print(f"took    {duration(time.monotonic() - began)}")
+
+
+def _raise_terminated(*_: object) -> None:
+    raise Terminated
 
 
 def nothing_to_do(store: Store, planned: list[StagePlan]) -> bool:
     """Whether every stage is published, with all files there, and no Prefect server waits for a record of this run."""
     from flows.session import configured_server
 
-    if any(stage.action == "build" for stage in planned) or configured_server():
+    if any(stage.action != "reuse" for stage in planned) or configured_server():
         return False
     from tasks.stage import find
 
@@ -166,52 +182,6 @@ def _quiet_prefect() -> None:
 
     for handler in logging.getLogger().handlers:
         handler.addFilter(of_interest)
-
-
-@artifacts.command("list")
-def artifacts_list(
-    stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="only this stage's")] = None,
-    store: StoreOption = None,
-    config: ConfigOption = None,
-) -> None:
-    """List published artifacts, oldest first."""
-    place = store_of(store, config)
-    found = list_manifests(place, stage_name(stage) if stage else None)
-    if not found:
-        err.print(f"no artifacts in {place.url}")
-        return
-    show_list(found)
-
-
-@artifacts.command("show")
-def artifacts_show(id: str, store: StoreOption = None, config: ConfigOption = None) -> None:
-    """Show one artifact: metrics, files, the spec that defines it, provenance. ID may be a prefix."""
-    place = store_of(store, config)
-    show_manifest(place, find_artifact(list_manifests(place), id, place))
-
-
-@artifacts.command("lineage")
-def artifacts_lineage(id: str, store: StoreOption = None, config: ConfigOption = None) -> None:
-    """Show the tree of what an artifact was made of. ID may be a prefix."""
-    place = store_of(store, config)
-    known = list_manifests(place)
-    show_lineage(find_artifact(known, id, place).ref, {manifest.ref.id: manifest for manifest in known})
-
-
-@artifacts.command("tensorboard")
-def artifacts_tensorboard(
-    id: Annotated[str | None, typer.Argument(metavar="[ID]", help="only this artifact; may be a prefix")] = None,
-    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="where the event files go")] = Path(
-        "tensorboard"
-    ),
-    store: StoreOption = None,
-    config: ConfigOption = None,
-) -> None:
-    """Write the metrics of artifacts as event files: then `tensorboard --logdir DIR`."""
-    place = store_of(store, config)
-    known = list_manifests(place)
-    written = write_events(place, [find_artifact(known, id, place)] if id else known, folder)
-    out.print(f"{len(written)} artifacts in {folder}", soft_wrap=True)
 
 
 @app.command()

@@ -85,5 +85,5 @@ def plan_to_run(
 ) -> list[StagePlan]:
     """`plan_run`, and what its stages need of this machine; raises the same."""
     planned = plan_run(config, store, force, only)
-    check_machine(config, [stage.stage for stage in planned if stage.action == "build"])
+    check_machine(config, [stage.stage for stage in planned if stage.action != "reuse"])
     return planned

@@ -31,7 +31,8 @@ def show_plan(plan: Iterable[StagePlan]) -> None:
     """One row a stage: what will happen, why, and the artifact it gives."""
     rows = table("stage", "action", "artifact", "why")
     for planned in plan:
-        action = "[green]reuse[/]" if planned.action == "reuse" else "[yellow]build[/]"
+        colour = "green" if planned.action == "reuse" else "yellow"
+        action = f"[{colour}]{planned.action}[/]"
         rows.add_row(planned.stage, action, planned.ref.id, escape(planned.why))
     out.print(rows)
 
@@ -44,7 +45,7 @@ def show_results(store: Store, plan: Iterable[StagePlan]) -> None:
         manifest = read_manifest(store, planned.ref)
         if manifest is None:
             continue
-        how = "[green]reused[/]" if planned.action == "reuse" else "[yellow]built[/]"
+        how = {"reuse": "[green]reused[/]", "resume": "[yellow]resumed[/]"}.get(planned.action, "[yellow]built[/]")
         seconds = duration(manifest.metrics.get("seconds"))
         rows.add_row(
             planned.stage,

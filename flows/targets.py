@@ -1,7 +1,8 @@
 """What a word on the command line stands for: a stage, a store, an artifact, a model in one, or a model elsewhere.
 
-A target is `CONFIG[:STAGE[/FOLDER]]`, `ARTIFACT[:FOLDER]` (an artifact by the beginning of its id, name or fingerprint), a
-model's folder or .gguf file, or `hub:NAME`. Nothing is fetched before the target is known to exist. No Prefect, no torch.
+A target is `CONFIG[:STAGE[/FOLDER]]`, `ARTIFACT[:FOLDER]` (an artifact by the beginning of its id, name or fingerprint, or by
+an alias, `@NAME` or `@NAME~1`), a model's folder or .gguf file, or `hub:NAME`. Nothing is fetched before the target is known to
+exist. No Prefect, no torch.
 """
 
 from collections.abc import Iterable
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.selection import require_stage
-from rlhf_core.artifacts import ArtifactRef, Manifest, fetch, list_manifests
+from rlhf_core.aliases import resolve_alias
+from rlhf_core.artifacts import ArtifactRef, Manifest, fetch, read_manifest, survey
 from rlhf_core.config import PipelineConfig, load_config
 from rlhf_core.errors import ConfigError
 from rlhf_core.plan import stage_refs
@@ -88,7 +90,7 @@ def resolve(text: str, *, stage: str | None = None, sets: Iterable[str] = (), st
     if (Path(base) / "config.json").is_file() or (base.endswith(".gguf") and Path(base).is_file()):
         return Target(text, Store(store or DEFAULT_STORE), path=base)
     place = Store(store or DEFAULT_STORE)
-    return Target(text, place, find_artifact(list_manifests(place), base, place), part or None)
+    return Target(text, place, find_artifact(place, base), part or None)
 
 
 def _of_config(
@@ -99,10 +101,10 @@ def _of_config(
     require_stage(config, wanted)
     place = Store(store or config.store)
     ref = stage_refs(config)[wanted]
-    found = {m.ref.id: m for m in list_manifests(place, wanted)}
-    if ref.id not in found:
+    manifest = read_manifest(place, ref)
+    if manifest is None:
         raise ConfigError(f"{ref.id} is not published in {place.url}; make it with `rlhf run {file}`")
-    return Target(text, place, found[ref.id], folder, config=config)
+    return Target(text, place, manifest, folder, config=config)
 
 
 def stage_name(text: str) -> StageName:
@@ -120,19 +122,38 @@ def store_of(url: str | None, config: Path | None) -> Store:
     return Store(load_config(config).store if config else url or DEFAULT_STORE)
 
 
-def find_artifact(manifests: list[Manifest], id: str, store: Store) -> Manifest:
-    """The one artifact whose id, name or fingerprint begins with `id`; ConfigError if there is none or several."""
+def find_artifact(store: Store, id: str) -> Manifest:
+    """The one artifact whose id, name or fingerprint begins with `id`, or that `@NAME` or `@NAME~1` stands for.
+
+    Raises:
+        ConfigError: there is none, or there are several.
+        IntegrityError: its manifest, or the alias, is damaged.
+    """
+    if id.startswith("@"):
+        return _of_alias(store, id)
     wanted = id.removeprefix(f"{store.url}/").rstrip("/")
+    manifests, damaged = survey(store)
     exact = [m for m in manifests if m.ref.id == wanted]
     names = ((m, (m.ref.id, m.ref.id.partition("/")[2], m.ref.fingerprint)) for m in manifests)
     found = exact or [m for m, keys in names if any(key.startswith(wanted) for key in keys)]
     if len(found) == 1:
         return found[0]
     if not found:
+        for other, error in damaged.items():
+            if other.startswith(wanted) or other.partition("/")[2].startswith(wanted):
+                raise error
         raise ConfigError(
             f"no artifact begins with {id!r} in {store.url}; see `rlhf artifacts list --store {store.url}`"
         )
     raise ConfigError(f"{id!r} is the beginning of {len(found)} ids: {', '.join(m.ref.id for m in found)}")
+
+
+def _of_alias(store: Store, text: str) -> Manifest:
+    ref = resolve_alias(store, text)
+    manifest = read_manifest(store, ref)
+    if manifest is None:
+        raise ConfigError(f"{text} stands for {ref.id}, which is not published in {store.url} any more")
+    return manifest
 
 
 def model_folder(manifest: Manifest, name: str | None = None) -> str:

@@ -7,11 +7,7 @@ verifies size and sha256 of every file in the store and then writes the manifest
 whether an artifact exists, and `fetch` verifies again what it takes.
 """
 
-import fcntl
-import hashlib
 import os
-import shutil
-import stat
 import tempfile
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -20,15 +16,38 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from rlhf_core.cache import take
 from rlhf_core.canonical import fingerprint
-from rlhf_core.errors import AlreadyExists, ConfigError, IntegrityError
+from rlhf_core.entries import FileEntry, describe, inside, sha256_file
+from rlhf_core.errors import AlreadyExists, IntegrityError
+from rlhf_core.parallel import in_threads
 from rlhf_core.sealed import seal, unseal
-from rlhf_core.specs import Frozen, StageName
+from rlhf_core.specs import STAGES, Frozen, StageName
 from rlhf_core.store import Store
+
+__all__ = [
+    "MANIFEST",
+    "SCHEMA",
+    "ArtifactRef",
+    "FileEntry",
+    "Manifest",
+    "describe",
+    "fetch",
+    "inside",
+    "job_cache",
+    "list_manifests",
+    "make_ref",
+    "manifest_at",
+    "parse_manifest",
+    "publish",
+    "read_manifest",
+    "sha256_file",
+    "survey",
+    "verify",
+]
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-CHEAP_BYTES = 1 << 20  # files of a cache up to this size are hashed again whenever they are used
 
 
 class ArtifactRef(Frozen):
@@ -45,26 +64,6 @@ class ArtifactRef(Frozen):
 
     def __str__(self) -> str:
         return self.id
-
-
-class FileEntry(Frozen):
-    """One file of an artifact."""
-
-    path: str = Field(description="relative to the artifact's folder, never out of it")
-    size: int = Field(ge=0, description="bytes")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-    @field_validator("path")
-    @classmethod
-    def _inside(cls, path: str) -> str:
-        return inside(path)
-
-
-def inside(path: str) -> str:
-    """The path if it cannot leave the folder it is relative to; ValueError otherwise."""
-    if path.startswith("/") or "\\" in path or any(part in ("", ".", "..") for part in path.split("/")):
-        raise ValueError(f"{path!r} must be relative, without empty, '.' or '..' parts")
-    return path
 
 
 class Manifest(Frozen):
@@ -112,20 +111,6 @@ def make_ref(stage: StageName, name: str, spec: dict[str, Any], inputs: dict[str
     )
 
 
-def sha256_file(path: Path) -> str:
-    """sha256 of a local file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def describe(folder: Path) -> tuple[FileEntry, ...]:
-    """Entries of all files below a local folder, in order of path."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return tuple(
-        FileEntry(path=p.relative_to(folder).as_posix(), size=p.stat().st_size, sha256=sha256_file(p)) for p in files
-    )
-
-
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """Manifest from its bytes; IntegrityError if it is not one that this version can read."""
     return unseal(Manifest, data, where, SCHEMA)
@@ -133,21 +118,46 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 
 def read_manifest(store: Store, ref: ArtifactRef) -> Manifest | None:
     """The manifest, or None if the artifact does not exist. Storage errors raise."""
-    key = f"{ref.id}/{MANIFEST}"
+    manifest = manifest_at(store, ref.id)
+    if manifest is not None and manifest.ref != ref:
+        where = f"{store.url}/{ref.id}/{MANIFEST}"
+        raise IntegrityError(f"{where}: is the manifest of {manifest.ref.fingerprint}, not {ref.fingerprint}")
+    return manifest
+
+
+def manifest_at(store: Store, id: str) -> Manifest | None:
+    """The manifest in the folder of an artifact, known by its id alone, or None."""
+    key = f"{id}/{MANIFEST}"
     try:
         data = store.read(key)
     except KeyError:
         return None
     manifest = parse_manifest(data, f"{store.url}/{key}")
-    if manifest.ref.fingerprint != ref.fingerprint:
-        raise IntegrityError(f"{store.url}/{key}: is the manifest of {manifest.ref.fingerprint}, not {ref.fingerprint}")
+    if manifest.ref.id != id:
+        raise IntegrityError(f"{store.url}/{key}: is the manifest of {manifest.ref.id}")
     return manifest
 
 
+def survey(store: Store, stage: StageName | None = None) -> tuple[list[Manifest], dict[str, IntegrityError]]:
+    """All published artifacts (of one stage), oldest first; and by id those whose manifest cannot be read, and why."""
+    keys = store.list(stage or "")
+    ids = [k.removesuffix(f"/{MANIFEST}") for k in keys if k.endswith(f"/{MANIFEST}") and k.count("/") == 2]
+    damaged: dict[str, IntegrityError] = {}
+
+    def read(id: str) -> Manifest | None:
+        try:
+            return manifest_at(store, id)
+        except IntegrityError as error:
+            damaged[id] = error
+            return None
+
+    found = [manifest for manifest in in_threads(read, [i for i in ids if i.partition("/")[0] in STAGES]) if manifest]
+    return sorted(found, key=lambda m: m.created), damaged
+
+
 def list_manifests(store: Store, stage: StageName | None = None) -> list[Manifest]:
-    """All published artifacts (of one stage), oldest first; what is not published is not listed."""
-    keys = [k for k in store.list(stage or "") if k.endswith(f"/{MANIFEST}") and k.count("/") == 2]
-    return sorted((parse_manifest(store.read(k), k) for k in keys), key=lambda m: m.created)
+    """The published artifacts (of one stage) that can be read, oldest first. `survey` also tells of the others."""
+    return survey(store, stage)[0]
 
 
 def verify(store: Store, manifest: Manifest, checksums: bool = True) -> None:
@@ -159,13 +169,14 @@ def verify(store: Store, manifest: Manifest, checksums: bool = True) -> None:
             raise IntegrityError(f"{store.url}/{key}: missing; the manifest lists it")
         if sizes[key] != entry.size:
             raise IntegrityError(f"{store.url}/{key}: {sizes[key]} bytes, the manifest says {entry.size}")
-        if checksums and _sha256(store, key) != entry.sha256:
+
+    def check(entry: FileEntry) -> None:
+        key = manifest.key(entry.path)
+        if store.sha256(key) != entry.sha256:
             raise IntegrityError(f"{store.url}/{key}: content differs from the manifest's sha256 {entry.sha256[:12]}…")
 
-
-def _sha256(store: Store, key: str) -> str:
-    local = store.local_path(key)
-    return sha256_file(local) if local else hashlib.sha256(store.read(key)).hexdigest()
+    if checksums:
+        in_threads(check, manifest.files)
 
 
 def publish(store: Store, manifest: Manifest) -> Manifest:
@@ -186,42 +197,41 @@ def publish(store: Store, manifest: Manifest) -> Manifest:
 def fetch(store: Store, ref: ArtifactRef, cache: Path) -> tuple[Path, Manifest]:
     """A local folder with the artifact's files, verified, and its manifest.
 
-    A local store is read in place. Otherwise files go to `cache`, once for all processes of the node: the first to
-    take the lock downloads, the others wait and use the same folder. That folder belongs to one store and one list of
-    files, so an artifact that was built anew is fetched anew; it appears when all of it is verified, and each use looks
-    at all sizes and at the checksums of small files. What fails that is fetched again.
+    A local store is read in place; a link in it that leads out of it is refused. Otherwise files go to `cache` (see there),
+    once for all processes of the node, several at a time. That folder belongs to one store and one list of files, so an
+    artifact that was built anew is fetched anew.
 
     Raises:
         IntegrityError: not published, or what is stored is not what the manifest says.
-        ConfigError: others may write to `cache`.
+        ConfigError: others may write to `cache`, or its disk has no room.
     """
     manifest = read_manifest(store, ref)
     if manifest is None:
         raise IntegrityError(f"{store.url}/{ref.id}: not published; run the stage that makes it first")
     in_place = store.local_path(manifest.place)
     if in_place is not None:
+        _refuse_links_out(Path(store.root), [in_place / entry.path for entry in manifest.files])
         verify(store, manifest)
         return in_place, manifest
-    private_folder(cache)
-    key = _cache_key(store, manifest)
-    folder = cache / key
-    with (cache / f"{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if _intact(folder, manifest.files):
-            return folder, manifest
-        shutil.rmtree(folder, ignore_errors=True)
-        partial = cache / f"{key}.part"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        for entry in manifest.files:
-            local = partial / entry.path
+
+    def download(entry: FileEntry, local: Path) -> None:
+        try:
             store.download(manifest.key(entry.path), local)
-            if sha256_file(local) != entry.sha256:
-                raise IntegrityError(
-                    f"{store.url}/{manifest.key(entry.path)}: content differs from the manifest's sha256"
-                )
-        partial.rename(folder)
-    return folder, manifest
+        except KeyError:
+            raise IntegrityError(f"{entry.path}: missing; the manifest lists it") from None
+
+    try:
+        return take(cache, _cache_key(store, manifest), manifest.files, download), manifest
+    except IntegrityError as error:
+        raise IntegrityError(f"{store.url}/{ref.id}: {error}") from error
+
+
+def _refuse_links_out(root: Path, files: Iterable[Path]) -> None:
+    """IntegrityError if a file is a link out of a local store: its content would be another's to change."""
+    inside_of = root.resolve()
+    for file in files:
+        if not file.resolve().is_relative_to(inside_of):
+            raise IntegrityError(f"{file}: is a link out of the store {root}; put the file itself there")
 
 
 def job_cache() -> Path:
@@ -229,34 +239,8 @@ def job_cache() -> Path:
     return Path(tempfile.gettempdir()) / f"rlhf-cache-{os.getuid()}"
 
 
-def private_folder(folder: Path) -> None:
-    """Make a folder that only this user may enter; ConfigError if somebody else made it or may have written to it."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise ConfigError(
-            f"{folder}: others may have written to this cache of artifacts (owner {found.st_uid}, mode "
-            f"{stat.filemode(found.st_mode)}); it must be a folder of user {os.getuid()} that no one else may write to: "
-            "remove it"
-        )
-    if found.st_mode & 0o077:
-        folder.chmod(0o700)
-
-
 def _cache_key(store: Store, manifest: Manifest) -> str:
     """The name of an artifact's folder in a cache: of its fingerprint, its store and its files."""
     files = [entry.model_dump() for entry in manifest.files]
     place = f"{store.url}/{manifest.place}"
     return f"{manifest.ref.fingerprint[:12]}-{fingerprint({'place': place, 'files': files})[:32]}"
-
-
-def _intact(folder: Path, files: Iterable[FileEntry]) -> bool:
-    """Whether a fetched folder still has every file in its size, and the small ones with their content."""
-    try:
-        return folder.is_dir() and all(
-            (local := folder / entry.path).stat().st_size == entry.size
-            and (entry.size > CHEAP_BYTES or sha256_file(local) == entry.sha256)
-            for entry in files
-        )
-    except OSError:
-        return False

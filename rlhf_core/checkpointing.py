@@ -140,12 +140,13 @@ class Checkpointer:
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
-    def at(self, position: Position, always: bool = False) -> None:
+    def at(self, position: Position, always: bool = False, last: bool = False) -> None:
         """A point from which the stage can be resumed; collective.
 
         Args:
             position: how far the stage has come.
             always: save here whatever the plan says.
+            last: all steps are done; what follows (evaluation, export, upload) cannot be saved, so save if it is worth it.
 
         Raises:
             Preempted: this job is to end, and has saved its state.
@@ -158,7 +159,7 @@ class Checkpointer:
             float(upload is not None and upload.error is not None),
             float(reason is not None),
             float(upload is not None and upload.busy),
-            float(main and self._by_time()),
+            float(main and self._by_time(last)),
         ]
         failed, stop, busy, late = sum_over_ranks(told)
         if failed:
@@ -170,9 +171,9 @@ class Checkpointer:
             self.save(position, kept)
         self.seconds += time.monotonic() - began
 
-    def _by_time(self) -> bool:
+    def _by_time(self, last: bool) -> bool:
         minutes = self.plan.every_minutes
-        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * (min(minutes, 1) if last else minutes)
 
     def _is_milestone(self, position: Position) -> bool:
         every = self.plan.milestone_steps
@@ -373,7 +374,8 @@ class Checkpointer:
         What is damaged is told and passed over for the one before it.
         """
         store, ref = self.context.store, self.context.job.output
-        found = [c.key for c in checkpoints.whole(store, ref, self.context.say)] if self.ranks.rank == 0 else []
+        whole = checkpoints.whole(store, ref, self.context.say, self.context.job.since)
+        found = [c.key for c in whole] if self.ranks.rank == 0 else []
         for key in gather(found)[0]:
             marker = checkpoints.read_marker(store, ref, key)
             problem: Exception | None = None

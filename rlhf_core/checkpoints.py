@@ -100,10 +100,10 @@ def folder_of(artifact: str, attempt: int) -> str:
     return f"{artifact}/checkpoints/{attempt:04d}"
 
 
-def marker_keys(store: Store, ref: ArtifactRef) -> list[str]:
-    """Keys of all markers of an artifact, most progress first; of equals the later attempt's."""
+def marker_keys(store: Store, ref: ArtifactRef, since: int = 1) -> list[str]:
+    """Keys of an artifact's markers, most progress first, of equals the later attempt's; of attempts from `since` on."""
     found = [(place, key) for key in store.list(f"{ref.id}/checkpoints") if (place := _place(key))]
-    return [key for _, key in sorted(found, reverse=True)]
+    return [key for place, key in sorted(found, reverse=True) if place[1] >= since]
 
 
 def _place(key: str) -> tuple[tuple[int, int, int], int] | None:
@@ -150,9 +150,9 @@ def check(store: Store, checkpoint: Checkpoint, checksums: bool = True) -> None:
             raise IntegrityError(f"{store.url}/{key}: content differs from its name, the sha256 of {part.name}")
 
 
-def whole(store: Store, ref: ArtifactRef, say: Callable[[str], None]) -> Iterator[Checkpoint]:
+def whole(store: Store, ref: ArtifactRef, say: Callable[[str], None], since: int = 1) -> Iterator[Checkpoint]:
     """Checkpoints that have all their parts in their sizes, most progress first; `say` is told what is passed over."""
-    for key in marker_keys(store, ref):
+    for key in marker_keys(store, ref, since):
         try:
             found = read_marker(store, ref, key)
             check(store, found, checksums=False)
@@ -195,6 +195,11 @@ def delete(store: Store, ref: ArtifactRef, keys: Iterable[str]) -> int:
                 store.delete(key)
                 freed += listed[key]
     return freed
+
+
+def clear(store: Store, ref: ArtifactRef) -> int:
+    """Remove what an artifact that is published needs no more: all but milestones. Returns the bytes removed."""
+    return delete(store, ref, [key for key in marker_keys(store, ref) if not is_kept(key)])
 
 
 def part_of(name: str, data: bytes) -> Part:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from rlhf_core.credentials import FIELD, KEY_ID, USER_INFO
 from rlhf_core.errors import ConfigError
 from rlhf_core.resources import ResourceTable
 from rlhf_core.specs import (
@@ -24,6 +25,12 @@ from rlhf_core.specs import (
     RewardSpec,
     SFTSpec,
     StageName,
+)
+
+_SECRETS = (
+    "the URL holds credentials (a user part, a key id or a signature), which would be written into records and logs; "
+    "give the place alone, and credentials by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the variable "
+    "that token_env names)"
 )
 
 
@@ -46,6 +53,12 @@ class PipelineConfig(Frozen):
     dpo: DPOSpec = DPOSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     resources: ResourceTable = ResourceTable()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_credentials(cls, raw: Any) -> Any:
+        refuse_credentials_in(raw)
+        return raw
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
@@ -129,6 +142,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> PipelineConf
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: must be a mapping of fields, is a {type(raw).__name__}")
     for override in overrides:
+        refuse_credentials_in({f"--set {override.partition('=')[0]}": override.partition("=")[2]})
         _apply(raw, override)
     return parse_config(raw, str(file))
 
@@ -140,6 +154,23 @@ def parse_config(raw: Mapping[str, Any], where: str = "configuration") -> Pipeli
     except ValidationError as error:
         lines = [_explain(dict(e), raw) for e in error.errors()]
         raise ConfigError(f"{where}: " + ("\n  " if len(lines) > 1 else "") + "\n  ".join(lines)) from None
+
+
+def refuse_credentials_in(value: Any, where: str = "") -> None:
+    """ConfigError, which does not repeat them, if a URL anywhere in a configuration holds credentials.
+
+    Configurations are written into requests, manifests and the records of Prefect, so nothing secret may be in one.
+    """
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            refuse_credentials_in(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            refuse_credentials_in(item, f"{where}.{i}")
+    elif isinstance(value, str) and any(found.search(value) for found in (USER_INFO, KEY_ID)):
+        raise ConfigError(f"{where}: {_SECRETS}")
+    elif isinstance(value, str) and "://" in value and FIELD.search(value):
+        raise ConfigError(f"{where}: {_SECRETS}")
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

@@ -125,7 +125,9 @@ class Evaluator:
 
     def record(self) -> dict[str, Any]:
         """What this rank has measured of the models that are done, for a checkpoint."""
-        losses = {name: {str(i): [loss.nats, loss.tokens] for i, loss in rows.items()} for name, rows in self.losses.items()}
+        losses = {
+            name: {str(i): [loss.nats, loss.tokens] for i, loss in rows.items()} for name, rows in self.losses.items()
+        }
         own = {"dealt": self._dealt(), "seconds": self.sampling_seconds, "losses": losses, "kl": self.kl}
         return {**own, "models": {name: len(parts) for name, parts in self.rollouts.items()}}
 

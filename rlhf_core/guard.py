@@ -1,16 +1,18 @@
-"""The process that owns a job: `python -m rlhf_core.guard --job-id ID --parent PID [--grace S] -- COMMAND…`.
+"""The process that owns a job: `python -m rlhf_core.guard --job-id ID --parent PID [--grace S --folder DIR] -- COMMAND…`.
 
 It stands between the control plane and the launcher, because neither ends a job reliably: a flow killed with -9 signals
 nobody, SIGTERM to `deepspeed` alone leaves its ranks running, and `deepspeed` exits 0 when its launch.py is killed. The
 guard is a session leader and a subreaper, so every process of the job stays its descendant; it ends them all when told
-to (SIGTERM, SIGINT, SIGHUP), when its parent goes, or when the command ends before its ranks. Processes are found by
-descent and by RLHF_JOB_ID in their environment, never by name. PR_SET_PDEATHSIG fires when the *thread* that started
-the guard ends, which must thus be the one that waits for it; the parent's pid is polled as well. Standard library only.
+to (SIGTERM, SIGINT, SIGHUP), when its parent goes, or when the command ends before its ranks. The ranks alone are told
+first, and have the grace to save and exit 75. Processes are found by descent and by RLHF_JOB_ID in their environment,
+never by name. PR_SET_PDEATHSIG fires when the *thread* that started the guard ends, which must thus be the one that
+waits for it; the parent's pid is polled as well. The job's local files go with it. Standard library only.
 """
 
 import argparse
 import ctypes
 import os
+import shutil
 import signal
 import sys
 import time
@@ -140,13 +142,19 @@ def end(find: Callable[[], set[int]], grace: float, tick: Callable[[], None] = l
     return set()
 
 
+def scratch(folder: str | os.PathLike[str]) -> str:
+    """Where in a job's local folder its processes keep what lives no longer than the job."""
+    return os.path.join(folder, "scratch")
+
+
 class Guard:
     """One command, its descendants, and the loop that watches them."""
 
-    def __init__(self, job_id: str, owner: int, grace: float) -> None:
+    def __init__(self, job_id: str, owner: int, grace: float, folder: str | None = None) -> None:
         self.job_id = job_id
         self.owner = owner
         self.grace = grace
+        self.folder = folder
         self.leader = 0
         self.code: int | None = None
 
@@ -160,6 +168,9 @@ class Guard:
         if os.getppid() != self.owner:  # it went before PDEATHSIG was set
             return NOT_STARTED
         environment = {**os.environ, "RLHF_JOB_ID": self.job_id, "RLHF_GUARD_PID": str(os.getpid())}
+        if self.folder:
+            os.makedirs(scratch(self.folder), mode=0o700, exist_ok=True)
+            environment["RLHF_SCRATCH"] = scratch(self.folder)
         try:
             self.leader = os.posix_spawnp(
                 command[0],
@@ -173,9 +184,10 @@ class Guard:
             self.say(f"cannot start {command[0]}: {error.strerror}")
             return NOT_STARTED
         told = self.watch(watched)
+        grace = self.ask_ranks() if told else self.grace
         stragglers = not told and self.outlived()
         if told or stragglers:
-            left = end(self.members, self.grace, self.reap)
+            left = end(self.members, grace, self.reap)
             self.reap()
             if left:
                 self.say(f"could not end {sorted(left)}")
@@ -195,6 +207,25 @@ class Guard:
                 self.say("the control plane is gone, ending the job")
                 return True
         return False
+
+    def ask_ranks(self) -> float:
+        """Tell the ranks to end and wait for the command, while the grace lasts; returns the seconds left of it.
+
+        A launcher that is told would itself end ranks that are saving, and its code would not be theirs.
+        """
+        until = time.monotonic() + self.grace
+        asked = self.ranks()
+        for pid in asked:
+            send(pid, signal.SIGTERM)
+        while asked and time.monotonic() < until and (self.code is None or any(map(alive, asked))):
+            time.sleep(0.05)
+            self.reap()
+        return max(0.0, until - time.monotonic())
+
+    def ranks(self) -> set[int]:
+        """The processes that a launcher gave a RANK, but not what they started themselves and may need to save."""
+        carriers = {pid for pid in self.members() if variable(pid, "RANK") is not None}
+        return {pid for pid in carriers if parent(pid) not in carriers}
 
     def outlived(self) -> bool:
         """Whether processes of the job are still there some time after the command's end."""
@@ -219,6 +250,12 @@ class Guard:
                     code = os.waitstatus_to_exitcode(ended[1])
                     self.code = code if code >= 0 else 128 - code
 
+    def remove_files(self) -> None:
+        """Remove the scratch folder, and the log as well if the control plane, which would store it, is gone."""
+        if self.folder:
+            orphan = os.getppid() != self.owner
+            shutil.rmtree(self.folder if orphan else scratch(self.folder), ignore_errors=True)
+
     def say(self, message: str) -> None:
         """One line into the job's log, if anyone still holds it."""
         with suppress(OSError):
@@ -231,9 +268,14 @@ def main() -> int:
     parser.add_argument("--job-id", required=True)
     parser.add_argument("--parent", type=int, required=True, help="pid of the process that starts the guard")
     parser.add_argument("--grace", type=float, default=10.0, help="seconds between SIGTERM and SIGKILL")
+    parser.add_argument("--folder", help="the job's local files: its log, and the scratch folder made here")
     parser.add_argument("command", nargs="+", help="after --")
     args = parser.parse_args()
-    return Guard(args.job_id, args.parent, args.grace).run(args.command)
+    guard = Guard(args.job_id, args.parent, args.grace, args.folder)
+    try:
+        return guard.run(args.command)
+    finally:
+        guard.remove_files()
 
 
 if __name__ == "__main__":

@@ -7,14 +7,15 @@ While the job runs, rank 0 prints progress as single lines that begin with `PROG
 
 import hashlib
 import json
+from datetime import UTC, datetime
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from rlhf_core.artifacts import ArtifactRef, FileEntry
-from rlhf_core.errors import AlreadyExists, StoreError
+from rlhf_core.artifacts import ArtifactRef, FileEntry, inside
+from rlhf_core.errors import IntegrityError
 from rlhf_core.resources import Resources
-from rlhf_core.sealed import seal, unseal
+from rlhf_core.sealed import unseal
 from rlhf_core.specs import Frozen, ModelSpec, StageName
 from rlhf_core.store import Store
 
@@ -28,6 +29,7 @@ class JobSpec(Frozen):
     store: str = Field(description="root URL")
     output: ArtifactRef
     attempt: int = Field(ge=1)
+    since: int = Field(default=1, ge=1, description="checkpoints of attempts before this one do not count")
     job_id: str = Field(
         description="`family` and a part that is unique; every process of the job carries it in RLHF_JOB_ID"
     )
@@ -36,6 +38,7 @@ class JobSpec(Frozen):
     inputs: dict[str, ArtifactRef] = {}
     model: ModelSpec | None = Field(default=None, description="the pipeline's base model")
     resources: Resources = Resources()
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
     def family(self) -> str:
@@ -63,26 +66,20 @@ class JobResult(Frozen):
     seconds: float = Field(ge=0, description="wall time inside the job")
     provenance: dict[str, Any] = {}
 
-
-def create_job(store: Store, job: JobSpec) -> JobSpec:
-    """Write job.json under the next free attempt number (create-only) and return the job with that number."""
-    numbers = [int(k.split("/")[3]) for k in store.list(f"{job.output.id}/attempts") if k.endswith("/job.json")]
-    number = max(numbers, default=0) + 1
-    for candidate in range(number, number + 1000):
-        numbered = job.model_copy(update={"attempt": candidate})
-        try:
-            store.write(f"{numbered.folder}/job.json", seal(numbered), create=True)
-            return numbered
-        except AlreadyExists:
-            continue
-    raise StoreError(f"{job.output.id}: no free attempt number after {number}")
+    @field_validator("folder")
+    @classmethod
+    def _inside(cls, folder: str) -> str:
+        return inside(folder)
 
 
 def read_job(url: str) -> tuple[Store, JobSpec]:
     """The store and the job behind the URL of a job.json."""
     root, _, key = url.partition("#")
     store = Store(root)
-    return store, unseal(JobSpec, store.read(key), url)
+    job = unseal(JobSpec, store.read(key), url)
+    if key != f"{job.folder}/job.json":
+        raise IntegrityError(f"{url}: is the request of {job.folder}")
+    return store, job
 
 
 def job_url(store: Store, job: JobSpec) -> str:

@@ -1,11 +1,11 @@
 """Start one stage job, follow it, decide how it ended.
 
-`run_job` writes job.json, starts the deepspeed launcher under `guard`, and follows its output to the end. Success is
-exit code 0 *and* a result.json with our job id; everything else is a `JobFailed` that says why. The job writes to a
-local file, not to a pipe: a control plane that is slow, or killed, never blocks or breaks a rank that prints. All
-limits are kept here (no progress for so long, longest run, grace between SIGTERM and SIGKILL), so `run_job` returns
-whatever the job does. It must run in the main thread of a flow's process, or in a thread that lives as long as it does
-(see `guard`). Not here: other machines, retries (the caller's `errors.is_transient`), publishing.
+`run_job` starts the attempt that a `lease` is held on: the deepspeed launcher under `guard`, whose output is followed
+to the end. Success is exit code 0 *and* a result.json with our job id; everything else is a `JobFailed` that says why.
+The job writes to a local file, not to a pipe: a control plane that is slow, or killed, never blocks or breaks a rank
+that prints. All limits are kept here (no progress for so long, longest run, a lease that was lost, grace between SIGTERM
+and SIGKILL), so `run_job` returns whatever the job does. It must run in the main thread of a flow's process, or in a
+thread that lives as long as it does (see `guard`). Not here: other machines, retries, publishing.
 """
 
 import math
@@ -13,6 +13,7 @@ import os
 import platform
 import random
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,16 +27,16 @@ from typing import Any
 
 from rlhf_core import guard
 from rlhf_core.errors import ConfigError, ExitCode, IntegrityError, JobFailed
-from rlhf_core.job import JobResult, JobSpec, create_job, job_url
+from rlhf_core.job import JobResult, JobSpec, job_url
 from rlhf_core.joblog import JobLog
+from rlhf_core.lease import Lease
 from rlhf_core.sealed import unseal
 from rlhf_core.store import Store
 
 TRAIN = "rlhf_core.train"
-GRACE_SECONDS = 20.0  # Prefect kills a cancelled flow's process after 30 s
 STACK_SECONDS = 2.0  # for the ranks to write their stacks
 POLL_SECONDS = 0.2
-ENDING_SECONDS = 30.0  # how long a new attempt waits for an earlier one that is just being ended
+ENDING_SECONDS = 35.0  # how long a new attempt waits for an earlier one's guard: the longest grace, and its SIGKILL
 TAIL_LINES = 30
 LIMIT_EXCEEDED = 124  # as timeout(1)
 PORTS = range(
@@ -48,45 +49,49 @@ def _ignore(_: object) -> None: ...
 
 def run_job(
     store: Store,
-    job: JobSpec,
+    lease: Lease,
     on_event: Callable[[dict[str, Any]], None] = _ignore,
     on_line: Callable[[str], None] = _ignore,
     *,
     module: str = TRAIN,
-    grace: float = GRACE_SECONDS,
 ) -> JobResult:
     """Run one attempt of a job to its end.
 
     Args:
         store: where job.json, the log and the result live; not `memory://`, since other processes must reach it.
-        job: the launch request; its attempt number is assigned here.
+        lease: held on the job's artifact, after `end_leftovers`; its job is run.
         on_event: called with each progress event, in this thread. An exception from it ends the job.
         on_line: called with each other line of the job's output.
         module: what every rank runs.
-        grace: seconds the ranks have between SIGTERM and SIGKILL; less than 25.
 
     Raises:
         ConfigError: the request cannot be started as it is.
-        JobFailed: the job ended without its result, or another run is building this artifact.
+        JobFailed: the job ended without its result; reason "superseded": another run took over the artifact.
     """
+    job = lease.job
     if store.scheme == "memory":
         raise ConfigError(f"store: {store.url} lives in one process and a job is another; use file:// or s3://")
     assert job.job_id.startswith(job.family), "leftovers are found by this prefix"
-    end_leftovers(job)
-    job = create_job(store, job)
     argv = command(job, store, module)
-    log = JobLog(store, job, on_event, on_line)
+
+    def noted(event: dict[str, Any]) -> None:
+        lease.note(event)
+        on_event(event)
+
+    log = JobLog(store, job, noted, on_line)
     log.note(f"{job.output.id}, attempt {job.attempt}, on {platform.node()}: {shlex.join(argv)}")
-    process = start(job, argv, log.raw, grace)
     try:
-        refuse_others(job, process.pid)
-        code, limit = watch(process, job, log, module)
-        end_guard(process, job, grace, log)
-    except BaseException as error:  # also KeyboardInterrupt and Prefect's cancellation
-        log.on_event, log.on_line = _ignore, _ignore
-        log.note(f"ended by {type(error).__name__}")
-        end_guard(process, job, grace, log)
-        raise
+        process = start(job, argv, log.folder)
+        try:
+            code, limit = watch(process, lease, log, module)
+            end_guard(process, job, log)
+            if code and lease.check():  # whoever took over on this machine ended the job, before we were told
+                limit = "superseded"
+        except BaseException as error:  # also KeyboardInterrupt and Prefect's cancellation
+            log.on_event, log.on_line = _ignore, _ignore
+            log.note(f"ended by {type(error).__name__}")
+            end_guard(process, job, log)
+            raise
     finally:
         place = log.close()
     return outcome(store, job, code, limit, log, place)
@@ -148,6 +153,7 @@ def environment(job: JobSpec) -> dict[str, str]:
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         env.setdefault("GOMP_SPINCOUNT", "0")
         env.pop("CUDA_VISIBLE_DEVICES", None)
+    env.pop("RANK", None)  # by it the guard knows ranks from launchers
     return env
 
 
@@ -175,10 +181,14 @@ def build_locks() -> list[Path]:
     return sorted(Path(root).glob("**/lock"))
 
 
-def start(job: JobSpec, argv: list[str], output: Path, grace: float) -> subprocess.Popen[bytes]:
-    """Start a command under the guard, in a session of its own, writing to `output`."""
-    owner = ["--job-id", job.job_id, "--parent", str(os.getpid()), "--grace", str(grace)]
-    with output.open("ab") as file:
+def start(job: JobSpec, argv: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    """Start a command under the guard, in a session of its own, writing to `folder`/output.
+
+    The job's scratch folder is below `folder`; the guard removes it, and all of `folder` if nobody is left to read it.
+    """
+    grace = str(job.resources.checkpoint.grace_seconds)
+    owner = ["--job-id", job.job_id, "--parent", str(os.getpid()), "--grace", grace, "--folder", str(folder)]
+    with (folder / "output").open("ab") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "rlhf_core.guard", *owner, "--", *argv],
             stdin=subprocess.DEVNULL,
@@ -189,29 +199,29 @@ def start(job: JobSpec, argv: list[str], output: Path, grace: float) -> subproce
         )
 
 
-# --- other runs of the same artifact ---------------------------------------------------------------------------------
+# --- what earlier attempts left --------------------------------------------------------------------------------------
 
 
 def guards(job: JobSpec) -> list[int]:
-    """Guards on this machine, of any run, that build the job's artifact; the oldest first."""
-    found = guard.processes_of(job.family)
-    return sorted(
-        (p for p in found if guard.python_module(p) == "rlhf_core.guard"), key=lambda p: (guard.started(p), p)
-    )
+    """Guards on this machine, of any attempt, that build the job's artifact."""
+    return [p for p in guard.processes_of(job.family) if guard.python_module(p) == "rlhf_core.guard"]
 
 
 def end_leftovers(job: JobSpec) -> None:
-    """End what earlier attempts at the same artifact left on this machine; refuse while another run owns one."""
-    until = time.monotonic() + ENDING_SECONDS
-    while living := guards(job):
-        words = guard.argv(living[0])
-        owner = int(words[words.index("--parent") + 1]) if "--parent" in words else 0
-        # A guard whose control plane is gone is ending its job: wait for that.
-        if guard.parent(living[0]) == owner or time.monotonic() > until:
-            raise _refusal(job, living[0], owner)
-        time.sleep(POLL_SECONDS)
-    left = guard.end(lambda: _orphans(job), grace=5)
-    if left:
+    """End what earlier attempts at the same artifact left on this machine; only who holds the lease may.
+
+    Their guards are told first, as those let their ranks save; one whose control plane is gone is at it already. So this
+    comes before one looks for the newest checkpoint.
+
+    Raises:
+        JobFailed: they cannot be ended.
+    """
+
+    def others() -> set[int]:
+        return {p for p in guard.processes_of(job.family) if guard.variable(p, "RLHF_JOB_ID") != job.job_id}
+
+    guard.end(lambda: others() & set(guards(job)), ENDING_SECONDS)
+    if left := guard.end(others, grace=5):
         raise JobFailed(
             f"{job.output.id}: processes {sorted(left)} of an earlier attempt cannot be ended; see what they wait for",
             code=guard.ORPHANED,
@@ -219,38 +229,20 @@ def end_leftovers(job: JobSpec) -> None:
         )
 
 
-def _orphans(job: JobSpec) -> set[int]:
-    """Processes that build the job's artifact and have no guard; those of a run that starts just now have one."""
-    carriers = guard.processes_of(job.family)
-    living = {str(pid) for pid in guards(job)}
-    return {p for p in carriers if str(p) not in living and guard.variable(p, "RLHF_GUARD_PID") not in living}
-
-
-def refuse_others(job: JobSpec, own: int) -> None:
-    """Of two runs that started at the same moment the one with the older guard goes on."""
-    oldest = guards(job)[:1]
-    if oldest and oldest[0] != own and guard.alive(own):
-        raise _refusal(job, oldest[0], guard.parent(oldest[0]))
-
-
-def _refusal(job: JobSpec, pid: int, owner: int) -> JobFailed:
-    return JobFailed(
-        f"{job.output.id}: another run is building this artifact (pid {owner}, its guard {pid}); wait for it or end it",
-        code=ExitCode.PREEMPTED,
-        reason="busy",
-    )
-
-
 # --- while it runs ---------------------------------------------------------------------------------------------------
 
 
-def watch(process: subprocess.Popen[bytes], job: JobSpec, log: JobLog, module: str) -> tuple[int, str | None]:
+def watch(process: subprocess.Popen[bytes], lease: Lease, log: JobLog, module: str) -> tuple[int, str | None]:
     """Follow a job until it ends or passes a limit; returns the guard's code and which limit, if one."""
+    job = lease.job
     began = sign = time.monotonic()
     while (code := process.poll()) is None:
         if log.read():
             sign = time.monotonic()
         now = time.monotonic()
+        if lease.lost:
+            log.note("superseded: another run has taken over")
+            return LIMIT_EXCEEDED, "superseded"
         if now - sign > job.resources.stall_minutes * 60:
             limit = "stalled"
         elif now - began > job.resources.timeout_hours * 3600:
@@ -274,8 +266,9 @@ def dump_stacks(job: JobSpec, module: str) -> None:
             guard.send(pid, signal.SIGUSR1)
 
 
-def end_guard(process: subprocess.Popen[bytes], job: JobSpec, grace: float, log: JobLog) -> None:
+def end_guard(process: subprocess.Popen[bytes], job: JobSpec, log: JobLog) -> None:
     """End the guard and with it the job; returns when no process of the job is left."""
+    grace = job.resources.checkpoint.grace_seconds
     if process.poll() is None:
         process.terminate()
         until = time.monotonic() + grace + guard.KILL_SECONDS + 2
@@ -285,6 +278,7 @@ def end_guard(process: subprocess.Popen[bytes], job: JobSpec, grace: float, log:
     process.wait()
     # Normally nothing: the guard returns when all is ended. If the guard itself was killed, this does its work.
     guard.end(lambda: guard.processes_of(job.job_id), grace)
+    shutil.rmtree(guard.scratch(log.folder), ignore_errors=True)
     log.read()
 
 
@@ -333,6 +327,9 @@ def failure(job: JobSpec, code: int, reason: str, log: JobLog, place: str) -> Jo
     if code in (ExitCode.CONFIG, ExitCode.DATA) and said:
         return JobFailed(said[-1], code=code, reason=reason)
     parts = [f"{job.output.id}, attempt {job.attempt}: {reason}"]
+    if reason == "superseded":
+        parts[0] += ": another run has taken over, as this one was not seen"
+        return JobFailed(parts[0], code=ExitCode.PREEMPTED, reason=reason)
     if said:
         parts[0] += f": {said[-1]}"
     if code == -signal.SIGKILL:

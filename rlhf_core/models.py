@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf_core.errors import ConfigError
 from rlhf_core.partitioned import build, divide, is_partitioned, read, shape_of, weight_files
-from rlhf_core.pretrained import load_causal_lm, model_config, set_dropout
+from rlhf_core.pretrained import NO_CODE, load_causal_lm, model_config, set_dropout
 from rlhf_core.sources import require_positions
 from rlhf_core.specs import ModelSpec
 
@@ -225,4 +225,4 @@ def _head_width(files: list[Path], whose: str) -> int:
 
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a data artifact: pad and EOS are defined and differ."""
-    return AutoTokenizer.from_pretrained(str(folder))
+    return AutoTokenizer.from_pretrained(str(folder), **NO_CODE)

@@ -1,4 +1,4 @@
-"""The plan: for each stage its artifact id, whether it is there already, and if not, why it will be built.
+"""The plan: for each stage its artifact id, whether it is there already, and if not, why it will be built or from where resumed.
 
 The flow and `rlhf plan` both work from here, so what was announced is what happens. Ids depend only on specs, digests of
 outside inputs, and upstream ids; so the whole plan is known before anything runs.
@@ -8,8 +8,8 @@ from typing import Any
 
 from rlhf_core.artifacts import ArtifactRef, Manifest, list_manifests, make_ref, read_manifest
 from rlhf_core.canonical import differences
+from rlhf_core.checkpoints import newest
 from rlhf_core.config import PipelineConfig
-from rlhf_core.errors import IntegrityError
 from rlhf_core.sources import Digest, content_id, data_identity, model_identity, rewards_identity
 from rlhf_core.specs import Frozen, StageName
 from rlhf_core.store import Store
@@ -33,7 +33,7 @@ class StagePlan(Frozen):
 
     stage: StageName
     ref: ArtifactRef
-    action: str  # "reuse" or "build"
+    action: str  # "reuse", "build" or "resume"
     why: str
     spec: dict[str, Any]
     identity: dict[str, Any]
@@ -85,7 +85,7 @@ def stage_refs(config: PipelineConfig, of: Digest = content_id) -> dict[StageNam
 def plan_stage(
     config: PipelineConfig, stage: StageName, refs: dict[StageName, ArtifactRef], store: Store, force: bool = False
 ) -> StagePlan:
-    """Whether one stage is reused or built, and why."""
+    """Whether one stage is reused, resumed or built, and why."""
     ref = refs[stage]
     identity = stage_identity(config, stage)
     inputs: dict[str, ArtifactRef] = {name: refs[name] for name in stage_inputs(config, stage)}
@@ -94,6 +94,8 @@ def plan_stage(
         action, why = "build", "forced"
     elif manifest is not None:
         action, why = "reuse", f"made {manifest.created}"
+    elif checkpoint := newest(store, ref):
+        action, why = "resume", f"from {checkpoint}"
     else:
         action, why = "build", _why(store, stage, identity, inputs)
     return StagePlan(
@@ -110,11 +112,7 @@ def make_plan(config: PipelineConfig, store: Store, force: tuple[str, ...] = ())
 def _why(store: Store, stage: StageName, identity: dict[str, Any], inputs: dict[str, ArtifactRef]) -> str:
     """The nearest published artifact of the stage and what differs from it."""
     nearest: tuple[int, Manifest, list[str]] | None = None
-    try:
-        candidates = list_manifests(store, stage)
-    except IntegrityError as error:
-        return f"new (others cannot be compared: {error})"
-    for manifest in candidates:
+    for manifest in list_manifests(store, stage):
         changes = differences(manifest.spec, identity)
         reasons = [f"{path}: {old} -> {new}" for path, (old, new) in changes.items()]
         for name, ref in inputs.items():

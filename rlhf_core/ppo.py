@@ -93,7 +93,7 @@ class PPOStage:
             self.shown = {k: metrics[k] for k in ("score", "kl_sequence", "response_length", "eos_rate")}
             self._tell(step + 1)
             self._snapshot(step + 1)
-            self.checkpoints.at(Position(step=step + 1, phase="rollout"))
+            self.checkpoints.at(Position(step=step + 1, phase="rollout"), last=step + 1 == self.spec.steps)
         self.checkpoints.close()
         self.save()
         last = self.history[-max(1, len(self.history) // 10) :]

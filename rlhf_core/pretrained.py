@@ -1,8 +1,9 @@
 """Loading pretrained language models, strictly: whole, in parts (ZeRO-3), from GGUF, or in four bits.
 
 A missing, unexpected or differently shaped weight is an error that names it, so that no model trains with random weights
-unnoticed. Safetensors are preferred; pickled weights are read by transformers without running code. Quantised folders are
-refused with a remedy, because training would need their weights plain. Four bits (QLoRA) needs a GPU and is not tested.
+unnoticed. Safetensors are preferred; pickled weights are read by transformers without running code, and code that a model
+brings is never run. Quantised folders are refused with a remedy, because training would need their weights plain. Four bits
+(QLoRA) needs a GPU and is not tested.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ from rlhf_core.errors import ConfigError
 from rlhf_core.partitioned import build, divide, fill_rows, read, renaming, weight_files
 from rlhf_core.sources import resolve_model
 
+# Said to all that loads: left open, transformers asks on a terminal whether to run the code that a model brings.
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 DROPOUT_FIELDS = (
     "dropout",
     "attention_dropout",
@@ -89,7 +92,7 @@ def load_causal_lm(
 def model_config(place: str, revision: str | None, whose: str) -> Any:
     """The configuration beside a model's weights; ConfigError if there is none, or the weights are quantised."""
     try:
-        config = AutoConfig.from_pretrained(place, revision=revision)  # pyright: ignore
+        config = AutoConfig.from_pretrained(place, revision=revision, **NO_CODE)  # pyright: ignore
     except (OSError, ValueError) as error:
         raise ConfigError(f"{whose} cannot be loaded: {str(error).splitlines()[0]}") from error
     quantised = getattr(config, "quantization_config", None)
@@ -104,7 +107,7 @@ def model_config(place: str, revision: str | None, whose: str) -> Any:
 
 def _load_whole(place: str, config: Any, revision: str | None, whose: str, **options: Any) -> PreTrainedModel:
     """Load with transformers, in fp32; strict."""
-    options = {"dtype": torch.float32, "revision": revision, "output_loading_info": True, **options}
+    options = {"dtype": torch.float32, "revision": revision, "output_loading_info": True, **NO_CODE, **options}
     if config is None:
         from transformers import GgufConfig
 

@@ -91,7 +91,7 @@ class Trainer(ABC, Generic[S]):
             if self.spec.eval_every and (step + 1) % self.spec.eval_every == 0 and step + 1 < self.steps:
                 self.evaluate(step + 1)
             self.seconds = time.monotonic() - began
-            self.checkpoints.at(Position(step=step + 1))
+            self.checkpoints.at(Position(step=step + 1), last=step + 1 == self.steps)
         self.checkpoints.close()
         evaluation = self.evaluate(self.steps)
         return {

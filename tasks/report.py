@@ -1,6 +1,6 @@
 """The pipeline report: one Prefect markdown artifact at the end of a run with a row for each stage.
 
-Prefect's UI shows neither why a task was cached nor where its result lives, so this table does: reused or built,
+Prefect's UI shows neither why a task was cached nor where its result lives, so this table does: reused, built or resumed,
 fingerprint, time, speed, headline numbers and place. It is a view of the manifests, which stay the record.
 """
 
@@ -15,6 +15,8 @@ from rlhf_core.plan import StagePlan
 from rlhf_core.specs import StageName
 from rlhf_core.store import Store
 from tasks.headline import duration, headline, speed
+
+DONE = {"reuse": "reused", "build": "built", "resume": "resumed"}
 
 
 def report(config: PipelineConfig, plan: Mapping[StageName, StagePlan], refs: Mapping[StageName, ArtifactRef]) -> None:
@@ -40,7 +42,7 @@ def report_row(store: Store, planned: StagePlan, manifest: Manifest) -> str:
     metrics = manifest.metrics
     cells = (
         planned.stage,
-        "reused" if planned.action == "reuse" else "built",
+        DONE[planned.action],
         f"`{planned.ref.fingerprint[:12]}`",
         duration(metrics.get("seconds")),
         speed(metrics),

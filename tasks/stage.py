@@ -2,16 +2,19 @@
 
 `build_stage` is the whole logic, without Prefect; `run_stage` is the Prefect task around it, and `run_planned` calls
 that task with the stage's retries. A retry calls the same function again: finished -> reuse; finished but unpublished
--> publish; cut off -> a job that starts the stage again. Forcing a stage first retires its artifact, once for each run,
-so that the retry of a forced run reuses what that run has finished. The task is called in the main thread, never
-submitted, so that cancellation and termination reach the launcher.
+-> publish; cut off -> a job that goes on from its last checkpoint. While another run, here or elsewhere, holds the
+artifact's lease, this one waits for it. A job that was preempted is started again at once, as long as it gets further.
+Forcing a stage first retires its artifact, once for each run, so that the retry of a forced run reuses what that run has
+finished. The task is called in the main thread, never submitted, so that cancellation and termination reach the launcher.
 """
 
+import json
 import platform
 import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,17 +26,21 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
+from rlhf_core import checkpoints
 from rlhf_core.artifacts import MANIFEST, ArtifactRef, Manifest, publish, read_manifest, verify
 from rlhf_core.config import PipelineConfig
+from rlhf_core.credentials import scrub
 from rlhf_core.errors import IntegrityError, JobFailed, StoreError, is_transient
 from rlhf_core.job import JobResult, JobSpec
-from rlhf_core.launch import run_job
+from rlhf_core.launch import end_leftovers, run_job
+from rlhf_core.lease import Busy, free_number, take
 from rlhf_core.plan import StagePlan
 from rlhf_core.sealed import unseal
 from rlhf_core.specs import StageName
 from rlhf_core.store import Store
 from tasks.headline import headline
 from tasks.progress import Progress, say
+from tasks.waiting import Waiting
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import TaskRun
@@ -47,7 +54,7 @@ class Stage:
     """A stage's published artifact and how this call came by it."""
 
     manifest: Manifest
-    how: Literal["reused", "published", "built"]
+    how: Literal["reused", "published", "built", "resumed"]
 
 
 def build_stage(
@@ -57,39 +64,81 @@ def build_stage(
     force: str | None = None,
     on_event: OnEvent = lambda _: None,
     provenance: Mapping[str, Any] | None = None,
+    tell: Callable[[str], None] = say,
 ) -> Stage:
-    """Reuse, publish or build one stage.
+    """Reuse, publish, build or resume one stage; waits while another run builds it.
 
     Args:
         store: where artifacts live.
         config: the pipeline; supplies the base model and the stage's resources.
         planned: the stage's id, spec and inputs.
         force: build even if published: the id of the run that asks for it, once for each id.
-        on_event: called with every progress event of the job.
+        on_event: called with every progress event of the job, or of the other run that is waited for.
         provenance: recorded in the manifest besides what is known here, e.g. the flow run.
+        tell: called with a line when another run is waited for, and when a job is started again.
 
     Raises:
-        JobFailed: the job ended without its result.
+        JobFailed: the job ended without its result; reason "busy": another run held the artifact for longer than
+            resources.timeout_hours; reason "preempted in vain": it was twice in a row, without getting further.
         IntegrityError: what is stored differs from what is recorded of it.
         StoreError: the store could not be reached.
     """
-    if force:
-        retire(store, planned.ref, force)
-    if manifest := find(store, planned.ref):
-        return Stage(manifest, "reused")
-    if manifest := publish_finished(store, planned, provenance):
-        return Stage(manifest, "published")
-    result = run_job(store, job_of(store, config, planned), on_event=on_event)
-    return Stage(publish(store, _manifest(planned, result, provenance)), "built")
+    waiting = Waiting(store, planned, config.resources.of(planned.stage).timeout_hours * 3600, on_event, tell)
+    while True:
+        if not _is_due(store, planned, force) and (manifest := find(store, planned.ref)):
+            return Stage(manifest, "reused")
+        try:
+            return _build(store, config, planned, force, on_event, provenance)
+        except Busy as busy:
+            waiting.wait_for(busy)
+        except JobFailed as error:
+            if error.reason == "preempted":
+                waiting.go_on(error)
+            elif error.reason != "superseded":  # who took over is waited for
+                raise
+            tell(f"{planned.stage}: {str(error).splitlines()[0]}; going on")
 
 
-def job_of(store: Store, config: PipelineConfig, planned: StagePlan) -> JobSpec:
-    """The launch request of a planned stage."""
+def _is_due(store: Store, planned: StagePlan, force: str | None) -> bool:
+    """Whether the stage is to be built whatever there is of it."""
+    return force is not None and not is_retired(store, planned.ref, force)
+
+
+def _build(
+    store: Store,
+    config: PipelineConfig,
+    planned: StagePlan,
+    force: str | None,
+    on_event: OnEvent,
+    provenance: Mapping[str, Any] | None,
+) -> Stage:
+    """Run one job of the stage, if it still needs one, and publish its result. Busy: another run holds the lease."""
+    number = free_number(store, planned.ref)
+    if not _is_due(store, planned, force):
+        # The last holder may have finished by now; should anybody else come between, the number is taken.
+        if manifest := find(store, planned.ref):
+            return Stage(manifest, "reused")
+        if manifest := publish_finished(store, planned, provenance):
+            return Stage(manifest, "published")
+    since = number if _is_due(store, planned, force) else retired_before(store, planned.ref)
+    with take(store, job_of(store, config, planned, since), number) as lease:
+        end_leftovers(lease.job)
+        if force:
+            retire(store, planned.ref, force, number)
+        result = run_job(store, lease, on_event=on_event)
+        manifest = publish(store, _manifest(planned, result, provenance))
+        checkpoints.clear(store, planned.ref)
+    return Stage(manifest, "resumed" if result.provenance.get("resumed") else "built")
+
+
+def job_of(store: Store, config: PipelineConfig, planned: StagePlan, since: int = 1) -> JobSpec:
+    """The launch request of a planned stage; what attempts before `since` have saved does not count."""
     job = JobSpec(
         stage=planned.stage,
         store=store.url,
         output=planned.ref,
-        attempt=1,  # run_job takes the next free number
+        attempt=1,  # the lease gives it its number
+        since=since,
         job_id="",
         spec=planned.spec,
         identity=planned.identity,
@@ -113,8 +162,9 @@ def find(store: Store, ref: ArtifactRef) -> Manifest | None:
 
 def publish_finished(store: Store, planned: StagePlan, provenance: Mapping[str, Any] | None = None) -> Manifest | None:
     """Publish what the newest finished attempt left, if all of it is there; None if no attempt has finished."""
+    since = retired_before(store, planned.ref)
     results = [k for k in store.list(f"{planned.ref.id}/attempts") if k.endswith("/result.json")]
-    for key in sorted(results, reverse=True):
+    for key in sorted((k for k in results if int(k.split("/")[-2]) >= since), reverse=True):
         try:
             result = unseal(JobResult, store.read(key), f"{store.url}/{key}")
             return publish(store, _manifest(planned, result, provenance))
@@ -123,24 +173,48 @@ def publish_finished(store: Store, planned: StagePlan, provenance: Mapping[str, 
     return None
 
 
-def retire(store: Store, ref: ArtifactRef, run: str) -> None:
-    """Make an artifact unpublished, so that it is built anew; does nothing if `run` has done so before.
+def is_retired(store: Store, ref: ArtifactRef, run: str) -> bool:
+    """Whether `retire` has done its work for `run`."""
+    try:
+        store.read(_retired_by(ref, run))
+    except KeyError:
+        return False
+    return True
 
-    The manifest is kept under `superseded/`. Results of earlier attempts go, as the next call would publish
-    them, and what lies under `checkpoints/`. The marker comes last: an interrupted call is repeated, a completed one is not.
+
+def retired_before(store: Store, ref: ArtifactRef) -> int:
+    """The first attempt whose results and checkpoints count: that of the last run that forced the artifact, or 1."""
+    numbers = [1]
+    for key in store.list(f"{ref.id}/superseded"):
+        if "/superseded/by-" in key:
+            with suppress(KeyError):
+                numbers.append(int(json.loads(store.read(key)).get("attempt", 1)))
+    return max(numbers)
+
+
+def retire(store: Store, ref: ArtifactRef, run: str, attempt: int) -> None:
+    """Make an artifact unpublished, so that `attempt` builds it from its beginning; nothing if `run` has done so before.
+
+    Only who holds the artifact's lease may. The manifest is kept under `superseded/`. Results of earlier attempts go, and all
+    checkpoints; what a job that lives on elsewhere should add to them does not count. The marker comes last: an interrupted
+    call is repeated, a completed one is not.
     """
-    marker = f"{ref.id}/superseded/by-{run}.json"
     stored = store.list(ref.id)
-    if marker in stored:
+    if _retired_by(ref, run) in stored:
         return
     if f"{ref.id}/{MANIFEST}" in stored:
         now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
         store.write(f"{ref.id}/superseded/manifest-{now}.json", store.read(f"{ref.id}/{MANIFEST}"), create=True)
         store.delete(f"{ref.id}/{MANIFEST}")
-    for key in stored:
+    markers = checkpoints.marker_keys(store, ref)
+    for key in [*markers, *sorted(stored.keys() - markers)]:  # markers before the parts that they need
         if key.endswith("/result.json") or key.startswith(f"{ref.id}/checkpoints/"):
             store.delete(key)
-    store.write(marker, b"{}")
+    store.write(_retired_by(ref, run), json.dumps({"attempt": attempt}).encode())
+
+
+def _retired_by(ref: ArtifactRef, run: str) -> str:
+    return f"{ref.id}/superseded/by-{run}.json"
 
 
 def _manifest(planned: StagePlan, result: JobResult, extra: Mapping[str, Any] | None) -> Manifest:
@@ -157,7 +231,7 @@ def _manifest(planned: StagePlan, result: JobResult, extra: Mapping[str, Any] | 
 
 def control_provenance() -> dict[str, Any]:
     """Commit, command and host of the control plane; never who ran it."""
-    return {**git_state(), "argv": [Path(sys.argv[0]).name, *sys.argv[1:]], "host": platform.node()}
+    return {**git_state(), "argv": [Path(sys.argv[0]).name, *map(scrub, sys.argv[1:])], "host": platform.node()}
 
 
 def git_state() -> dict[str, Any]:
@@ -202,8 +276,13 @@ def run_stage(
     log = get_run_logger()
     store = Store(config.store)
     origin = {"flow_run_id": flow_run.id, "flow_run_name": flow_run.name}
+
+    def tell(line: str) -> None:
+        log.info(line)
+        say(line)
+
     with Progress(planned.stage, log) as progress:
-        stage = build_stage(store, config, planned, flow_run.id if force else None, progress.on_event, origin)
+        stage = build_stage(store, config, planned, flow_run.id if force else None, progress.on_event, origin, tell)
     summary = f"{stage.how} {store.url}/{planned.ref.id}"
     numbers = headline(planned.stage, stage.manifest.metrics)
     log.info("%s  %s", summary, numbers)

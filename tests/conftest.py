@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from s3 import bucket, s3, s3_server  # noqa: F401  (fixtures)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -101,8 +101,6 @@ class Template:
             self._check()
 
     def _check(self) -> None:
-        from jinja2 import TemplateError
-
         if not self._tokenizer.chat_template:
             raise ConfigError(
                 "data.template is chat, but the tokenizer has no chat template; set data.tokenizer.chat_template or "
@@ -110,7 +108,7 @@ class Template:
             )
         try:
             self._apply([Message("user", "Hello.")])
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: whatever it raises is a fault of its own
             raise ConfigError(
                 f"data.tokenizer.chat_template cannot render one user message: {type(error).__name__}: {error}; it "
                 "must be a Jinja template over `messages` and `add_generation_prompt`"

@@ -58,7 +58,10 @@ def load(path: str, revision: str | None, field: str) -> Any:
         folder, options = str(Path(place).parent), {"gguf_file": Path(place).name}
     name = None if options else _direct_class(Path(folder))
     try:
-        return getattr(transformers, name or "AutoTokenizer").from_pretrained(folder, **options)
+        # Left open, transformers asks on a terminal whether to run code that a tokenizer brings.
+        return getattr(transformers, name or "AutoTokenizer").from_pretrained(
+            folder, trust_remote_code=False, **options
+        )
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(

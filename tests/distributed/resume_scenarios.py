@@ -52,8 +52,8 @@ def attempt(root: str, job: dict[str, Any], label: str, number: int, stop: list[
     context, out = build(root, job, label, number)
     plain = Checkpointer.at
 
-    def at(self: Checkpointer, position: Position, always_here: bool = False) -> None:
-        plain(self, position, always or always_here)
+    def at(self: Checkpointer, position: Position, always_here: bool = False, last: bool = False) -> None:
+        plain(self, position, always or always_here, last)
         if stop and [position.step, position.phase, position.update] == stop:
             self._wait()  # so that it is known from where the next attempt goes on
             raise Stopped

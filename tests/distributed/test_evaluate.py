@@ -44,8 +44,8 @@ def evaluate_rank(root: str, out: str, base: str | None, spec: dict, resources: 
     if after := int(os.environ.get("DIE_AFTER_MODELS", "0")):
         plain = Checkpointer.at
 
-        def at(self: Checkpointer, position: Position, always: bool = False) -> None:
-            plain(self, position, always)
+        def at(self: Checkpointer, position: Position, always: bool = False, last: bool = False) -> None:
+            plain(self, position, always, last)
             if position.step == after:
                 self._wait()
                 os.kill(os.getpid(), signal.SIGKILL)

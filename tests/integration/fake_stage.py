@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
+from rlhf_core import preemption
 from rlhf_core.job import JobResult, JobSpec, progress_line, read_job
 from rlhf_core.store import Store
 from rlhf_core.train import end_with_guard
@@ -23,6 +25,23 @@ def stuck_in_this_function():
 def write_result(store: Store, job: JobSpec, job_id: str | None = None):
     result = JobResult(job_id=job_id or job.job_id, folder="", files=(), metrics={"loss": 1.5}, seconds=0.1)
     store.write(f"{job.folder}/result.json", result.model_dump_json().encode())
+
+
+def save_when_told(store: Store, job: JobSpec):
+    """Saves as a checkpointer does: when told, for a while, with the help of a process of its own; rank 0 is the slowest."""
+    local = tempfile.mkdtemp(dir=os.environ["RLHF_SCRATCH"])
+    helping = subprocess.Popen(["sleep", "1000"])
+    preemption.install(job.resources.checkpoint.notice)
+    # A real checkpointer tells the other ranks of a notice, which only the first one watches; here each goes on alone.
+    while not (reason := preemption.requested()):
+        time.sleep(0.05)
+    time.sleep(0.3)
+    assert helping.poll() is None, "what a rank needs in order to save was ended"
+    helping.kill()
+    time.sleep(1 if RANK else 2.5)  # the launcher ends rank 0 as soon as it sees that rank 1 has ended
+    store.write(f"{job.folder}/saved-{RANK}", f"{reason}, local files in {local}".encode())
+    print(f"error: {reason}; saved at step 1", file=sys.stderr, flush=True)
+    sys.exit(75)
 
 
 def main():
@@ -63,6 +82,8 @@ def main():
     elif behave == "hang and ignore SIGTERM":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         stuck_in_this_function()
+    elif behave == "save when told":
+        save_when_told(store, job)
     elif behave == "leave grandchildren":
         # One carries no RLHF_JOB_ID, one is in a session of its own; both ignore SIGTERM and are orphans at once.
         script = 'trap "" TERM; sleep 1000 & sleep 1001 & wait'

@@ -1,19 +1,22 @@
 """The flow on a real Prefect server, with real processes, guard and store; only what a job runs is quick_stage.py."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from rlhf_core import launch
-from rlhf_core.artifacts import MANIFEST, list_manifests, read_manifest
+from rlhf_core import launch, lease
+from rlhf_core.artifacts import MANIFEST, Manifest, list_manifests, publish, read_manifest
 from rlhf_core.config import PipelineConfig, parse_config
 from rlhf_core.errors import ConfigError, IntegrityError, JobFailed
 from rlhf_core.plan import make_plan
+from rlhf_core.sealed import seal
 from rlhf_core.specs import PPOSpec
 from rlhf_core.store import Store
 
@@ -50,6 +53,11 @@ def orders(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("QUICK_STAGE_ORDERS", str(folder))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(HERE)]))
     monkeypatch.delenv("RLHF_TERMINAL", raising=False)
+    monkeypatch.setenv("RLHF_LEASE_BEAT", "0.3")  # of the command lines started here
+    monkeypatch.setenv("RLHF_LEASE_TTL", "5")
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.3)
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "TTL_SECONDS", 5)
     monkeypatch.setattr(
         launch,
         "command",
@@ -264,20 +272,96 @@ def test_a_finished_result_with_a_damaged_file_is_not_published_but_built(config
     (orders / "data").write_text("die after the result")
     with pytest.raises(JobFailed):
         build_stage(store, config, planned)
-    store.write(f"{planned.ref.id}/weights", b"something else")
-    assert build_stage(store, config, planned).how == "built"
-    assert store.read(f"{planned.ref.id}/weights") == b"data of attempt 2"
+    store.write(f"{planned.ref.id}/attempts/0001/files/weights", b"something else")
+    built = build_stage(store, config, planned)
+    assert built.how == "built"
+    assert store.read(built.manifest.key("weights")) == b"data of attempt 2"
 
 
 def test_a_published_artifact_that_lost_a_file_is_an_error_that_names_the_remedy(config, store):
     from tasks.stage import build_stage
 
     planned = make_plan(config, store)[0]
-    build_stage(store, config, planned)
-    store.delete(f"{planned.ref.id}/weights")
+    store.delete(build_stage(store, config, planned).manifest.key("weights"))
     with pytest.raises(IntegrityError, match="--force data"):
         build_stage(store, config, planned)
     assert build_stage(store, config, planned, force="run-1").how == "built"
+
+
+# --- preempted, and gone on -----------------------------------------------------------------------------------------
+
+
+def test_a_preempted_job_is_started_again_at_once_and_that_counts_as_no_retry(server, config, store, orders):
+    from flows.rlhf import rlhf
+
+    patient = config.resources.model_copy(update={"retries": 0})
+    (orders / "sft").write_text("save 10\nsave 20\nsave 30\n")
+    refs = rlhf(config.model_copy(update={"resources": patient}))
+    assert [attempts(store, stage) for stage in STAGES] == [1, 4, 1, 1, 1]
+    manifest = read_manifest(store, refs["sft"])
+    assert manifest is not None
+    assert store.read(manifest.key("weights")) == b"sft of attempt 4 from step 30 (attempt 3)"
+
+
+def test_preemptions_in_a_row_without_progress_are_a_failure(config, store, orders):
+    from tasks.stage import build_stage
+
+    planned = make_plan(config, store)[1]
+    (orders / "sft").write_text("save 10\nsave 10\nsave 20\nsave 20\nsave 15\nsave 30\n")
+    with pytest.raises(JobFailed, match=r"Preempted 2 times without getting further.*every_minutes") as raised:
+        build_stage(store, config, planned)
+    assert raised.value.exit_code == 1
+    assert attempts(store, "sft") == 5
+
+
+def test_the_plan_says_from_where_an_unfinished_stage_goes_on(config, store, orders):
+    from tasks.stage import build_stage
+
+    planned = make_plan(config, store)[1]
+    (orders / "sft").write_text("exit 1\nsave 40\nexit 1\n")
+    for _ in range(2):
+        with pytest.raises(JobFailed):
+            build_stage(store, config, planned)
+    again = make_plan(config, store)[1]
+    assert (again.action, again.why) == ("resume", "from step 40 (attempt 2)")
+    assert make_plan(config, store, force=("sft",))[1].action == "build"
+    assert build_stage(store, config, planned).how == "resumed"
+    assert make_plan(config, store)[1].action == "reuse"
+
+
+# --- two runs at once ------------------------------------------------------------------------------------------------
+
+
+def test_who_waits_for_another_run_shows_how_far_it_is_and_not_for_ever(config, store):
+    from tasks.stage import build_stage, job_of
+
+    planned = make_plan(config, store)[0]
+    short = config.resources.model_copy(update={"timeout_hours": 1 / 3600})
+    impatient, events = config.model_copy(update={"resources": short}), []
+    with lease.acquire(store, job_of(store, config, planned)) as other:
+        other.note({"step": 3, "total": 10, "phase": "train"})
+        with pytest.raises(lease.Busy, match="train 3/10"):
+            build_stage(store, impatient, planned, on_event=events.append)
+    assert {(e["phase"], e["step"], e["total"]) for e in events[1:]} == {("waiting for another run", 3, 10)}
+    assert attempts(store, "data") == 1
+
+
+def test_a_run_that_was_taken_over_waits_for_its_successor_and_reuses_its_artifact(config, store, orders):
+    """The job of the first ends when its lease is taken; the successor finishes, and both have the same artifact."""
+    from tasks.stage import build_stage, job_of
+
+    planned = make_plan(config, store)[0]
+    (orders / "data").write_text("hang\n")
+    stages = []
+    first = threading.Thread(target=lambda: stages.append(build_stage(store, config, planned)))
+    first.start()
+    assert eventually(lambda: not (orders / "data").exists())
+    with lease.take(store, job_of(store, config, planned), 2) as successor:
+        result = launch.run_job(store, successor)
+        manifest = publish(store, Manifest(ref=planned.ref, spec={}, folder=result.folder, files=result.files))
+    first.join(30)
+    assert [(s.how, s.manifest) for s in stages] == [("reused", manifest)]
+    assert attempts(store, "data") == 2
 
 
 # --- force -----------------------------------------------------------------------------------------------------------
@@ -293,23 +377,36 @@ def test_forcing_retires_the_manifest_and_builds_once_for_each_run(config, store
     assert build_stage(store, config, planned, force="run-2").how == "built"
     old = [key for key in store.list(planned.ref.id) if "/superseded/manifest-" in key]
     assert len(old) == 2
-    assert first.manifest.model_dump_json(indent=1).encode() in [store.read(key) for key in old]
+    assert seal(first.manifest) in [store.read(key) for key in old]
 
 
 def test_a_forced_build_that_fails_leaves_nothing_published_and_its_retry_goes_on(config, store, orders):
+    """The build begins anew, its retry resumes from what the build itself has saved."""
     from tasks.stage import build_stage, find
 
-    planned = make_plan(config, store)[0]
-    build_stage(store, config, planned)
-    store.write(f"{planned.ref.id}/checkpoints/step-10/done", b"of the first build")
-    (orders / "data").write_text("exit 1")
+    planned = make_plan(config, store)[1]
+    (orders / "sft").write_text("save 40\n")
+    first = build_stage(store, config, planned)
+    assert store.read(first.manifest.key("weights")) == b"sft of attempt 2 from step 40 (attempt 1)"
+    (orders / "sft").write_text("save 10\nexit 1\n")
     with pytest.raises(JobFailed):
         build_stage(store, config, planned, force="run-1")
     assert find(store, planned.ref) is None
-    assert not any("/checkpoints/" in key for key in store.list(planned.ref.id))
-    store.write(f"{planned.ref.id}/checkpoints/step-5/done", b"of the second")
-    assert build_stage(store, config, planned, force="run-1").how == "built"
-    assert any("/checkpoints/" in key for key in store.list(planned.ref.id))
+    assert {key.split("/")[3] for key in store.list(f"{planned.ref.id}/checkpoints")} == {"0003"}
+    retried = build_stage(store, config, planned, force="run-1")
+    assert retried.how == "resumed"
+    assert store.read(retried.manifest.key("weights")) == b"sft of attempt 5 from step 10 (attempt 3)"
+
+
+def test_a_forced_run_does_not_resume_from_what_an_ended_run_saves_last(start, config, store, orders):
+    """The job of a killed run is still saving when the next one begins."""
+    (orders / "sft").write_text("train until told")
+    process = start()
+    wait_for_line(process, "sft: train")
+    process.kill()
+    _, err = start("--force", "sft").communicate(timeout=120)
+    assert "sft: built" in err
+    assert not any("/checkpoints/" in key for key in store.list("sft"))
 
 
 def test_the_flow_forces_only_what_it_is_told_to(server, config, store):
@@ -420,8 +517,11 @@ def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
 def processes_of(config: PipelineConfig) -> list[str]:
     """Job processes of this pipeline that are alive."""
     from rlhf_core import guard
+    from tasks.stage import job_of
 
-    return [str(pid) for stage in STAGES for pid in guard.processes_of(f"{_id(config, stage)}/")]
+    store = Store(config.store)
+    families = [job_of(store, config, planned).family for planned in make_plan(config, store)]
+    return [str(pid) for family in families for pid in guard.processes_of(family)]
 
 
 def _id(config: PipelineConfig, stage: str) -> str:
@@ -449,7 +549,7 @@ def test_a_killed_run_leaves_nothing_running_and_the_next_goes_on(start, config,
     assert out.count("reused") == 2
 
 
-@pytest.mark.parametrize(("signo", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize(("signo", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_an_interrupted_run_ends_its_job_and_is_recorded_as_crashed(start, config, store, orders, signo, code):
     (orders / "sft").write_text("hang")
     process = start()
@@ -458,6 +558,7 @@ def test_an_interrupted_run_ends_its_job_and_is_recorded_as_crashed(start, confi
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in err
+    assert err.count("the same command reuses the finished stages and goes on") == 1
     assert eventually(lambda: not processes_of(config))
     assert not store.list(_id(config, "sft")).get(f"{_id(config, 'sft')}/{MANIFEST}")
     assert eventually(lambda: [run["flow"] for run in run_states(config)] == ["Crashed"])
@@ -470,3 +571,52 @@ def test_a_failed_job_is_one_message_and_its_exit_code(start, orders):
     assert process.returncode == 3
     assert err.count("data was told to exit 3") == 1
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("signo", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_however_a_run_is_ended_its_job_saves_and_the_next_run_resumes(start, config, store, orders, signo):
+    (orders / "sft").write_text("train until told")
+    process = start()
+    wait_for_line(process, "sft: train")
+    process.send_signal(signo)
+    process.communicate(timeout=60)
+    assert eventually(lambda: not processes_of(config))
+    out, err = start().communicate(timeout=120)
+    assert "resume" in out and "from step 40 (attempt 1)" in out
+    assert "sft: resumed" in err
+    assert [attempts(store, stage) for stage in STAGES] == [1, 2, 1, 1, 1]
+
+
+def test_a_second_run_waits_for_the_first_and_goes_on_where_that_was_killed(start, config, store, orders):
+    """Interrupting the waiting leaves the first alone."""
+    (orders / "sft").write_text("train until told")
+    first, second = start(), None
+    wait_for_line(first, "sft: train")
+    second, third = start(), start()
+    for waiting in (second, third):
+        wait_for_line(waiting, f"sft: waiting for another run that builds it (host {platform.node()}, pid {first.pid}")
+    third.send_signal(signal.SIGTERM)
+    third.communicate(timeout=60)
+    assert third.returncode == 75
+    assert first.poll() is None and processes_of(config)
+    first.kill()
+    first.communicate()
+    _, err = second.communicate(timeout=120)
+    assert second.returncode == 0
+    assert "sft: resumed" in err
+    assert [attempts(store, stage) for stage in STAGES] == [1, 2, 1, 1, 1]
+
+
+def test_a_run_that_slept_finds_its_stage_built_by_another(start, config, store, orders):
+    """As a laptop that was closed: its lease has run out, its job is ended, and it goes on with the other's artifact."""
+    (orders / "sft").write_text("hang")
+    first = start()
+    wait_for_line(first, "sft: train")
+    first.send_signal(signal.SIGSTOP)
+    out, _ = start().communicate(timeout=120)
+    assert out.count("built") == len(STAGES) - 1
+    first.send_signal(signal.SIGCONT)
+    _, err = first.communicate(timeout=120)
+    assert first.returncode == 0
+    assert "another run has taken over" in err and "sft: reused" in err
+    assert [attempts(store, stage) for stage in STAGES] == [1, 2, 1, 1, 1]

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_core import guard, launch
+from rlhf_core import guard, launch, lease
 from rlhf_core.artifacts import ArtifactRef
 from rlhf_core.errors import ConfigError, JobFailed, is_transient
-from rlhf_core.job import JobSpec, create_job
-from rlhf_core.resources import Resources
+from rlhf_core.job import JobSpec
+from rlhf_core.lease import acquire
+from rlhf_core.resources import CheckpointPlan, Resources
 from rlhf_core.specs import StageName
 from rlhf_core.store import Store
 
@@ -30,6 +32,19 @@ def _fake_stage_is_importable(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(launch, "STACK_SECONDS", 0.5)
+    monkeypatch.setenv("RLHF_LEASE_BEAT", "0.2")  # of processes that tests start
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.05)
+
+
+@pytest.fixture(autouse=True)
+def local(tmp_path, monkeypatch):
+    """Where jobs have their local files."""
+    folder = tmp_path / "local"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
 
 
 @pytest.fixture
@@ -42,7 +57,7 @@ def make(store):
     """Makes jobs, and asserts at the test's end that nothing of them is left."""
     jobs = []
 
-    def make(behave, stage: StageName = "data", processes=1, **resources):
+    def make(behave, stage: StageName = "data", processes=1, grace=1.0, **resources):
         digest = hashlib.sha256(uuid.uuid4().bytes).hexdigest()
         ref = ArtifactRef(stage=stage, name="test", fingerprint=digest)
         job = JobSpec(
@@ -54,7 +69,9 @@ def make(store):
             spec={"behave": behave},
             identity={},
             model=None,
-            resources=Resources(processes=processes, threads=1, **resources),
+            resources=Resources(
+                processes=processes, threads=1, checkpoint=CheckpointPlan(grace_seconds=grace), **resources
+            ),
         )
         job = job.model_copy(update={"job_id": f"{job.family}{uuid.uuid4().hex}"})
         jobs.append(job)
@@ -77,8 +94,10 @@ def living(job):
     return guard.processes_of(job.job_id) | {p for p in guard.pids() if guard.variable(p, "MARK") == job.job_id}
 
 
-def run(store, job, grace=1.0, on_event=lambda event: None, on_line=lambda line: None):
-    return launch.run_job(store, job, on_event, on_line, module=MODULE, grace=grace)
+def run(store, job, on_event=lambda event: None, on_line=lambda line: None):
+    with acquire(store, job) as held:
+        launch.end_leftovers(held.job)
+        return launch.run_job(store, held, on_event, on_line, module=MODULE)
 
 
 def failed(store, job, **options):
@@ -94,9 +113,9 @@ def log_of(store, job, attempt=1):
 def run_in_a_process(store, job):
     """`run_job` in a process of its own, for tests that kill or interrupt it."""
     script = (
-        "import sys; from rlhf_core import launch, job, store\n"
+        "import sys; from rlhf_core import launch, lease, job, store\n"
         "root, request = store.Store(sys.argv[1]), job.JobSpec.model_validate_json(sys.argv[2])\n"
-        "launch.run_job(root, request, module='fake_stage', grace=1.0)"
+        "with lease.acquire(root, request) as held: launch.run_job(root, held, module='fake_stage')"
     )
     argv = [sys.executable, "-c", script, store.url, job.model_dump_json()]
     # A test run in the background has SIGINT ignored, and children inherit that.
@@ -247,6 +266,85 @@ def test_when_the_guard_is_killed_run_job_ends_the_job_itself(store, make):
     assert not living(job)
 
 
+# --- told to end: ranks save, and say 75 ----------------------------------------------------------------------------
+
+
+def saving_ranks(job, count):
+    """The job's ranks, once all of them have begun to train."""
+
+    def training():
+        return {p for p in ranks(job) if guard.catches(p, signal.SIGTERM)}
+
+    assert until(lambda: len(training()) == count, 20)
+    return training()
+
+
+def saved(store, job):
+    return {k.rpartition("-")[2]: store.read(k).decode() for k in store.list(job.output.id) if "/saved-" in k}
+
+
+def test_told_to_end_all_ranks_save_and_their_75_comes_through_the_launcher(store, make):
+    """The first rank to leave has the launcher end the others, which are not disturbed."""
+    job = make("save when told", stage="sft", processes=2, grace=20)
+    teller = threading.Thread(
+        target=lambda: (saving_ranks(job, 2), os.kill(launch.guards(job)[0], signal.SIGTERM)),
+    )
+    teller.start()
+    error = failed(store, job)
+    teller.join()
+    assert (error.code, error.reason) == (75, "preempted") and is_transient(error.code)
+    assert "received SIGTERM; saved at step 1" in str(error)
+    assert sorted(saved(store, job)) == ["0", "1"]
+
+
+@pytest.mark.parametrize("signo", [signal.SIGINT, signal.SIGKILL])
+def test_whatever_ends_the_control_plane_the_ranks_save(store, make, signo):
+    job = make("save when told", stage="sft", processes=2, grace=20)
+    process = run_in_a_process(store, job)
+    saving_ranks(job, 2)
+    process.send_signal(signo)
+    process.communicate(timeout=20)
+    assert until(lambda: not living(job), 20)
+    assert sorted(saved(store, job)) == ["0", "1"]
+
+
+def test_ranks_that_save_for_longer_than_the_grace_are_ended(store, make):
+    job = make("save when told", stage="sft", processes=1, grace=1)
+    process = run_in_a_process(store, job)
+    saving_ranks(job, 1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert not living(job)
+    assert saved(store, job) == {}
+
+
+def test_a_notice_that_appears_makes_the_job_save_and_end(store, make, tmp_path):
+    job = make("save when told", stage="sft", grace=20)
+    job = job.model_copy(
+        update={"resources": Resources(threads=1, checkpoint=CheckpointPlan(notice=str(tmp_path / "notice")))}
+    )
+    teller = threading.Thread(target=lambda: (saving_ranks(job, 1), (tmp_path / "notice").touch()))
+    teller.start()
+    error = failed(store, job)
+    teller.join()
+    assert error.reason == "preempted" and f"notice at {tmp_path}/notice; saved" in str(error)
+
+
+def test_the_local_files_of_a_job_go_with_it(store, make, local):
+    """Also those of a control plane that was killed, and then its log."""
+    job = make("save when told", stage="sft", grace=20)
+    process = run_in_a_process(store, job)
+    saving_ranks(job, 1)
+    [folder] = local.glob("rlhf-job-*")
+    assert (folder / "output").exists() and list((folder / "scratch").iterdir())
+    process.kill()
+    process.communicate()
+    assert until(lambda: not living(job) and not list(local.glob("rlhf-job-*")), 20)
+    assert str(folder / "scratch") in saved(store, job)["0"]
+    run(store, make("succeed"))
+    assert not list(local.glob("rlhf-job-*"))
+
+
 # --- other runs of the same artifact ---------------------------------------------------------------------------------
 
 
@@ -277,6 +375,32 @@ def test_of_runs_that_start_at_the_same_moment_one_goes_on(store, make):
     for thread in threads:
         thread.join(20)
     assert sorted(ends) == ["busy", "busy", "stalled"]
+    assert len([key for key in store.list(job.output.id) if key.endswith("/job.json")]) == 1
+
+
+def test_a_job_whose_lease_is_taken_over_ends_at_once(store, make):
+    job = make("hang")
+    other = job.model_copy(update={"job_id": f"{job.family}other"})
+    usurper = threading.Thread(target=lambda: (hanging_ranks(job, 1), lease.take(store, other, 2)))
+    usurper.start()
+    error = failed(store, job)
+    usurper.join()
+    assert error.reason == "superseded" and "another run has taken over" in str(error)
+    assert not living(job)
+
+
+def test_who_takes_over_from_a_suspended_run_ends_its_job(store, make, monkeypatch):
+    monkeypatch.setattr(lease, "TTL_SECONDS", 1)
+    job = make("hang")
+    process = run_in_a_process(store, job)
+    before = hanging_ranks(job, 1)
+    process.send_signal(signal.SIGSTOP)
+    after = job.model_copy(update={"job_id": f"{job.family}after", "spec": {"behave": "succeed"}})
+    assert run(store, after).job_id == after.job_id
+    assert not before & guard.processes_of(job.job_id)
+    process.send_signal(signal.SIGCONT)
+    assert "JobFailed" in process.communicate(timeout=20)[1]
+    assert process.returncode == 1
 
 
 def test_leftovers_of_an_earlier_attempt_are_ended_before_a_new_one(store, make):
@@ -325,8 +449,8 @@ def test_a_killed_launch_process_is_never_a_success(store, make):
 
 def test_without_its_guard_a_deepspeed_job_ends_by_itself(store, make, tmp_path):
     """Guard and control plane are both gone: the ranks see it, and then launch.py and deepspeed end too."""
-    job = create_job(store, make("hang", stage="sft", processes=2))
-    process = launch.start(job, launch.command(job, store, MODULE), tmp_path / "output", grace=1)
+    job = acquire(store, make("hang", stage="sft", processes=2)).job
+    process = launch.start(job, launch.command(job, store, MODULE), tmp_path)
     hanging_ranks(job, 2)
     process.kill()
     process.wait()
@@ -357,4 +481,4 @@ def test_the_environment_is_the_same_wherever_the_job_is_started(make, monkeypat
 
 def test_a_store_in_memory_is_refused(make):
     with pytest.raises(ConfigError, match="memory://"):
-        launch.run_job(Store("memory://x"), make("succeed"))
+        run(Store("memory://x"), make("succeed"))

@@ -56,7 +56,7 @@ def test_dpo_learns_from_the_pairs_and_is_evaluated_and_carded(folder):
     metrics = made["evaluate"].metrics
     assert metrics["prompts"] == 8 and {"gold_sft", "gold_dpo", "gold_gain", "kl_sequence"} <= set(metrics)
     assert "report.html" in files(made["evaluate"])
-    place = Store(pipeline(folder).store).local_path(f"{made['dpo'].ref.id}/model/README.md")
+    place = Store(pipeline(folder).store).local_path(made["dpo"].key("model/README.md"))
     assert place is not None
     assert ModelCard.load(place).data.tags == ["rlhf", "dpo"]
 

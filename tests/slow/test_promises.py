@@ -119,7 +119,7 @@ def test_another_family_learns_it_too(store):
 
 
 def test_kill_9_of_the_process_group_in_the_middle_of_ppo_leaves_nothing_and_the_next_run_goes_on(store):
-    sets = ("ppo.steps=25", "ppo.kl_coef=0.07")
+    sets = ("ppo.steps=25", "ppo.kl_coef=0.07", "resources.checkpoint.every_steps=1")
     process = subprocess.Popen(
         command(QUICKSTART, store, *sets),
         cwd=ROOT,
@@ -143,7 +143,7 @@ def test_kill_9_of_the_process_group_in_the_middle_of_ppo_leaves_nothing_and_the
         time.sleep(0.2)
     assert f"{ref.id}/manifest.json" not in store.list("")
     plan = {p.stage: p.action for p in make_plan(config, store)}
-    assert plan == {"data": "reuse", "sft": "reuse", "reward": "reuse", "ppo": "build", "evaluate": "build"}
+    assert plan == {"data": "reuse", "sft": "reuse", "reward": "reuse", "ppo": "resume", "evaluate": "build"}
     run(store, *sets)
 
 

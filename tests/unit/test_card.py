@@ -10,6 +10,7 @@ import tiny
 from rlhf_core import card
 from rlhf_core.artifacts import ArtifactRef, Manifest, publish
 from rlhf_core.job import JobResult, JobSpec
+from rlhf_core.sealed import unseal
 from rlhf_core.specs import ModelSpec
 from rlhf_core.store import Store
 from rlhf_core.train import upload_result
@@ -41,7 +42,7 @@ def uploaded(tiny_root: Path, tmp_path: Path):
                 save_value_model(value, tiny.tokenizer(), context.out / folder)
         upload_result(context, METRICS)
         job: JobSpec = context.job
-        result = JobResult.model_validate_json(store.read(f"{job.folder}/result.json"))
+        result = unseal(JobResult, store.read(f"{job.folder}/result.json"), "result")
         return context, store, result
 
     return upload
@@ -59,7 +60,7 @@ def test_every_model_of_a_stage_has_a_card_and_the_artifact_lists_it(uploaded):
     listed = {entry.path for entry in result.files}
     assert {f"{folder}/README.md" for folder in kinds} <= listed
     job = context.job
-    manifest = Manifest(ref=job.output, spec={}, inputs=job.inputs, files=result.files)
+    manifest = Manifest(ref=job.output, spec={}, inputs=job.inputs, folder=result.folder, files=result.files)
     assert publish(store, manifest).files == result.files
     texts = {folder: (context.out / folder / "README.md").read_text() for folder in kinds}
     assert "exponential moving average" in texts["actor_ema"]

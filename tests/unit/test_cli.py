@@ -344,9 +344,9 @@ def test_eval_refuses_what_does_not_go_together(file, published, capfd, words, m
     assert message in err.replace("\n", " ")
 
 
-def test_the_help_promises_no_more_than_that_finished_stages_are_reused(file, capfd):
+def test_the_help_says_what_becomes_of_stages_that_finished_and_of_one_that_was_cut_off(file, capfd):
     said = " ".join(rlhf(capfd, "run", "--help")[1].replace("│", " ").split())
-    assert "start again one that was cut off" in said and "resume" not in said
+    assert "reuse the stages that have finished" in said and "resume one that was cut off" in said
 
 
 def test_version_and_help(capfd, tmp_path):

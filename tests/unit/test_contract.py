@@ -1,5 +1,6 @@
 """The contract half: fingerprints, artifacts, configuration errors, plan."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from rlhf_core.artifacts import (
 from rlhf_core.canonical import canonical_json, differences, fingerprint
 from rlhf_core.config import load_config, parse_config
 from rlhf_core.errors import ConfigError, IntegrityError, is_transient
-from rlhf_core.job import JobSpec, create_job, job_url, parse_progress, progress_line, read_job
+from rlhf_core.job import JobSpec, job_url, parse_progress, progress_line, read_job
 from rlhf_core.plan import make_plan, stage_refs
 from rlhf_core.resources import ResourceTable
+from rlhf_core.sealed import seal
 from rlhf_core.specs import PPOSpec
 from rlhf_core.store import Store
 
@@ -186,9 +188,28 @@ def test_create_only_writes_and_absence(url, tmp_path):
     store.download("a/c", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == b"333"
     store.delete("a/c")
+    store.delete("a/c")  # it is gone, which is what was asked
     assert store.list("a") == {"a/b": 2}
     with pytest.raises(Exception, match="relative"):
         store.read("../x")
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_a_range_of_an_object_is_what_a_slice_is_and_its_checksum_is_known(scheme, tmp_path):
+    store = Store(f"{scheme}://{tmp_path}/ranges")
+    store.write("x", b"0123456789")
+    for start in (0, 3, 9, 10, 12):
+        for stop in (0, 3, 4, 10, 12, None):
+            assert store.read("x", start, stop) == b"0123456789"[start:stop]
+    assert store.sha256("x") == hashlib.sha256(b"0123456789").hexdigest()
+    for call in (lambda: store.sha256("y"), lambda: store.read("y", 1, 2)):
+        with pytest.raises(KeyError):
+            call()
+
+
+def test_an_at_sign_in_a_local_folder_is_no_credential(tmp_path):
+    Store(f"{tmp_path}/me:x@home/store").write("x", b"1")
+    assert Store(f"file://{tmp_path}/me:x@home/store").read("x") == b"1"
 
 
 def artifact(store: Store, folder: Path) -> Manifest:
@@ -291,7 +312,7 @@ def test_a_manifest_from_a_newer_schema_or_of_nonsense_is_an_error_not_an_absenc
     with pytest.raises(IntegrityError, match="newer"):
         read_manifest(store, ref)
     store.write(f"{ref.id}/manifest.json", b"{")
-    with pytest.raises(IntegrityError, match="not a manifest"):
+    with pytest.raises(IntegrityError, match="damaged: not JSON"):
         read_manifest(store, ref)
 
 
@@ -316,13 +337,12 @@ def test_the_plan_says_why_a_stage_will_be_built(tmp_path):
     assert "input ppo changed" in changed["evaluate"].why
 
 
-def test_attempts_get_new_numbers_and_a_job_reads_back(tmp_path):
+def test_a_job_reads_back_by_its_url(tmp_path):
     store = Store(f"file://{tmp_path}")
     ref = make_ref("sft", "demo", {}, {})
-    job = JobSpec(stage="sft", store=store.url, output=ref, attempt=1, job_id="x", spec={}, identity={})
-    one, two = create_job(store, job), create_job(store, job)
-    assert (one.attempt, two.attempt) == (1, 2)
-    assert read_job(job_url(store, two))[1] == two
+    job = JobSpec(stage="sft", store=store.url, output=ref, attempt=2, job_id="x", spec={}, identity={})
+    store.write(f"{job.folder}/job.json", seal(job), create=True)
+    assert read_job(job_url(store, job))[1] == job
 
 
 def test_progress_lines_are_told_from_other_output():

@@ -18,8 +18,9 @@ def job_id():
     return f"unit/{uuid.uuid4().hex}"
 
 
-def start(job_id, *command, parent=None, grace=1):
+def start(job_id, *command, parent=None, grace=1, folder=None):
     owner = ["--job-id", job_id, "--parent", str(parent or os.getpid()), "--grace", str(grace)]
+    owner += ["--folder", str(folder)] if folder else []
     argv = [sys.executable, "-m", "rlhf_core.guard", *owner, "--", *command]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
@@ -74,6 +75,63 @@ def test_a_command_may_use_its_grace_to_write_a_checkpoint(job_id):
     process.terminate()
     assert process.communicate(timeout=5)[0] == "saved\n"
     assert process.returncode == 75
+
+
+LAUNCHER = """
+trap 'echo launcher told; exit 1' TERM
+RANK=0 sh -c 'trap "sleep 0.5; echo rank saved; exit 75" TERM; sleep 100 & echo up; wait' &
+wait $!
+code=$?
+echo launcher sees $code
+exit $code
+"""
+
+
+def test_ranks_are_told_before_their_launcher_which_passes_on_their_code(job_id):
+    process = start(job_id, "bash", "-c", LAUNCHER, grace=10)
+    assert process.stdout and process.stdout.readline() == "up\n"
+    process.terminate()
+    out, _ = process.communicate(timeout=10)
+    assert out.splitlines() == ["rank saved", "launcher sees 75"]
+    assert process.returncode == 75
+
+
+def test_the_processes_of_a_rank_are_left_to_it(job_id):
+    script = """
+RANK=0 bash -c 'sleep 100 & trap "kill -0 $! && echo child lives; exit 75" TERM; echo up; wait'
+"""
+    process = start(job_id, "bash", "-c", script, grace=10)
+    assert process.stdout and process.stdout.readline() == "up\n"
+    process.terminate()
+    assert process.communicate(timeout=10)[0] == "child lives\n"
+    assert process.returncode == 75
+
+
+@pytest.mark.parametrize("script", ["exit 0", "exit 1", "sleep 100"])
+def test_a_jobs_scratch_folder_lives_as_long_as_the_job(job_id, tmp_path, script):
+    (tmp_path / "output").touch()
+    process = start(job_id, "sh", "-c", f"touch $RLHF_SCRATCH/big; ls $RLHF_SCRATCH; {script}", folder=tmp_path)
+    assert process.stdout and process.stdout.readline() == "big\n"
+    process.terminate()
+    process.communicate(timeout=5)
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+
+
+def test_without_a_control_plane_nobody_reads_the_log_and_it_goes_too(job_id, tmp_path):
+    """A shell stands for the control plane, and is killed."""
+    folder = tmp_path / "job"
+    folder.mkdir()
+    (folder / "output").touch()
+    argv = f"{sys.executable} -m rlhf_core.guard --job-id {job_id} --parent $$ --grace 1 --folder {folder} -- sleep 100"
+    shell = subprocess.Popen(["bash", "-c", f"{argv} & wait"])
+    assert appears(job_id, 1)
+    shell.kill()
+    shell.wait()
+    end = time.monotonic() + 10
+    while folder.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not folder.exists()
+    assert not guard.processes_of(job_id)
 
 
 def test_it_ends_when_the_thread_that_started_it_ends(job_id):

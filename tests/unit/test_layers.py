@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TRAINING = {"torch", "deepspeed", "transformers", "datasets"}
 CONTRACT = (
-    "errors canonical specs resources config artifacts store sources job plan launch guard doctor context gold card tensorboard "
+    "errors canonical sealed specs resources config entries cache artifacts aliases checkpoints layout verification inventory gc "
+    "transfer store sources job lease preemption plan launch guard doctor context gold card tensorboard "
     "reward_sources eval.request eval.pairs eval.peak"
 ).split()
 

@@ -35,7 +35,7 @@ from rlhf_core.context import JobContext
 from rlhf_core.distributed import Ranks, any_rank, gather, sum_over_ranks
 from rlhf_core.ema import EMA
 from rlhf_core.engine_state import EngineState
-from rlhf_core.errors import IntegrityError, Preempted, StoreError
+from rlhf_core.errors import ConfigError, IntegrityError, Preempted, StoreError
 from rlhf_core.sealed import seal, unseal
 from rlhf_core.specs import Frozen
 
@@ -114,6 +114,7 @@ class Checkpointer:
     """Saves and restores one stage on this rank.
 
     Attributes:
+        off: this stage cannot be saved, and its plan does not ask for it.
         saves: checkpoints begun by this process.
         seconds: that training has waited for them.
         stored: bytes uploaded by this rank.
@@ -122,10 +123,17 @@ class Checkpointer:
     def __init__(
         self, context: JobContext, ranks: Ranks, engines: Mapping[str, tuple[Any, EMA | None]], trainer: Resumable
     ) -> None:
-        """`engines`: what is trained, by name, each with its moving average or None."""
+        """`engines`: what is trained, by name, each with its moving average or None. ConfigError: they cannot be saved."""
         self.context, self.ranks, self.trainer = context, ranks, trainer
         self.plan = context.job.resources.checkpoint
         self.engines = {name: EngineState(engine, ema) for name, (engine, ema) in engines.items()}
+        self.off = not all(state.readable for state in self.engines.values())
+        plan = self.plan
+        if self.off and (plan.every_minutes or plan.every_steps or plan.milestone_steps):
+            raise ConfigError(
+                "resources.checkpoint: what is offloaded to nvme cannot be saved; offload to cpu, or set every_minutes, "
+                "every_steps and milestone_steps to null and do without checkpoints"
+            )
         self.saves, self.seconds, self.stored = 0, 0.0, 0
         self._local = context.scratch / f"checkpoint-{ranks.rank}"
         self._upload: _Upload | None = None
@@ -136,7 +144,8 @@ class Checkpointer:
         self._ages: dict[str, tuple[int, int]] = {}  # size and time of change of files when they were saved
         self._before: str | None = None  # marker of the checkpoint this job resumed from
         self._restored: list[dict[str, Any]] = []
-        preemption.install(self.plan.notice)
+        if not self.off:
+            preemption.install(plan.notice)
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
@@ -152,6 +161,8 @@ class Checkpointer:
             Preempted: this job is to end, and has saved its state.
             StoreError: the last checkpoint could not be stored, or the local disk is full.
         """
+        if self.off:
+            return
         began = time.monotonic()
         main, reason = self.ranks.rank == 0, preemption.requested()
         upload = self._upload
@@ -373,6 +384,8 @@ class Checkpointer:
 
         What is damaged is told and passed over for the one before it.
         """
+        if self.off:
+            return None
         store, ref = self.context.store, self.context.job.output
         whole = checkpoints.whole(store, ref, self.context.say, self.context.job.since)
         found = [c.key for c in whole] if self.ranks.rank == 0 else []

@@ -236,7 +236,7 @@ def check_store(store_url: str) -> Check:
     """Write, read, refuse a second create, delete: what artifacts need of the store."""
     key = f"doctor/{uuid.uuid4().hex}"
     try:
-        store = Store(store_url)
+        store = Store(store_url, patience=5)
     except ConfigError as error:
         return Check("store", False, str(error), "correct the store's URL")
     try:

@@ -4,7 +4,7 @@ A `Fragment` is what this rank holds of one flattened tensor: the fp32 weight, A
 trained parameter. The same list of live views is written and filled, so saving and restoring cannot disagree. A rank that holds
 the same pieces as before reads its own file; after a change of processes or ZeRO stage it takes what it needs from all files:
 weights and moments are then equal to the last bit, whatever the layout. Frozen weights come from the inputs and are not here.
-Files are safetensors, never pickles. State that DeepSpeed keeps on nvme is not readable this way and refused.
+Files are safetensors, never pickles. State that DeepSpeed keeps on nvme cannot be read this way.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf_core.ema import EMA
-from rlhf_core.errors import ConfigError, IntegrityError
+from rlhf_core.errors import IntegrityError
 from rlhf_core.partitioned import shape_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -68,16 +68,16 @@ class EngineState:
     """The state of one engine, and of its moving average if it has one."""
 
     def __init__(self, engine: Any, ema: EMA | None = None) -> None:
-        """ConfigError: a part of the state lies on nvme."""
         self.engine, self.ema = engine, ema
         self.stage = int(engine.zero_optimization_stage())
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self._names = {id(p): name for name, p in engine.module.named_parameters() if p.requires_grad}
-        if self.stage == 3 and (engine.optimizer.swap_optimizer or engine.optimizer.params_in_nvme_and_cpu):
-            raise ConfigError(
-                "resources: what is offloaded to nvme cannot be saved in a checkpoint; offload to cpu, or set "
-                "checkpoint.every_minutes and every_steps to null and accept that a stage that is cut off starts again"
-            )
+
+    @property
+    def readable(self) -> bool:
+        """Whether all of the state can be read: not what DeepSpeed keeps on nvme."""
+        optimizer = self.engine.optimizer
+        return self.stage < 3 or not (optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu)
 
     @property
     def layout(self) -> str:

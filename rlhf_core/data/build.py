@@ -71,7 +71,7 @@ class DataStage:
         check_sampling(self.spec, self.context.job.model)
         tokenizer = tokenizers.make_tokenizer(self.spec, self.context.job.model)
         template = Template(self.spec.template, tokenizer)
-        with tempfile.TemporaryDirectory(prefix="rlhf-drafts-") as folder:
+        with tempfile.TemporaryDirectory(prefix="rlhf-drafts-", dir=self.context.scratch) as folder:
             drafts = {place: DraftFile(Path(folder, "-".join(place))) for place in PLACES}
             self.read(template, drafts)
             if self.spec.tokenizer.train_vocab_size is not None:

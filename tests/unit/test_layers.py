@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 TRAINING = {"torch", "deepspeed", "transformers", "datasets"}
 CONTRACT = (
     "errors canonical sealed specs resources config entries cache artifacts aliases checkpoints layout verification inventory gc "
-    "transfer store sources job lease preemption plan launch guard doctor context gold card tensorboard "
+    "transfer store store_s3 s3_client s3_upload patience credentials sources job lease preemption plan launch guard doctor context gold card tensorboard "
     "reward_sources eval.request eval.pairs eval.peak"
 ).split()
 

@@ -21,6 +21,8 @@ from rlhf_core import checkpoints
 from rlhf_core.artifacts import ArtifactRef, describe, make_ref
 from rlhf_core.checkpointing import Checkpointer
 from rlhf_core.checkpoints import Position
+from rlhf_core.context import JobContext
+from rlhf_core.distributed import gather
 from rlhf_core.errors import Preempted
 from rlhf_core.store import Store
 
@@ -196,6 +198,87 @@ SMALL_SFT: dict[str, Any] = {
     "resources": {"micro_batch": 4, "zero_stage": 2, "checkpoint": {"every_steps": 1, "keep": 1}},
     "spec": {"max_steps": 5, "batch_size": 12, "optim": {"lr": 1e-3}},
 }
+
+
+def cadence(root: str, name: str, plan: dict[str, Any]) -> dict[str, Any]:
+    """Five steps of SFT under a plan: what is in the store then, and what training has waited."""
+    from rlhf_core.train import stage_runner
+
+    job = {**SMALL_SFT, "resources": {**SMALL_SFT["resources"], "checkpoint": plan}}
+    context, _ = build(root, job, name, 1)
+    metrics = stage_runner("sft")(context)
+    store, ref = context.store, context.job.output
+    markers = [checkpoints.read_marker(store, ref, key) for key in reversed(checkpoints.marker_keys(store, ref))]
+    for marker in markers:
+        checkpoints.check(store, marker)
+    parts = {key for key in store.list(f"{ref.id}/checkpoints") if "/parts/" in key}
+    return {
+        "saved": metrics["checkpoints"],
+        "steps": [marker.position.step for marker in markers],
+        "kept": [marker.position.step for marker in markers if marker.kept],
+        "parts not listed": len(parts - {m.part_key(p) for m in markers for p in m.parts}),
+    }
+
+
+def uploads(root: str) -> list[list[str]]:
+    """Names of the parts that each save of a PPO run uploads, while the critic alone is trained and no rollout is repeated."""
+    from rlhf_core.train import stage_runner
+
+    spec = {"steps": 3, "rollout_batch_size": 8, "minibatches": 1, "max_response_tokens": 6, "critic_warmup": 2}
+    resources = {
+        "micro_batch": 4,
+        "rollout_micro_batch": 8,
+        "zero_stage": 1,
+        "checkpoint": {"every_steps": 1, "keep": 9},
+    }
+    context, _ = build(root, {"name": "ppo", "spec": spec, "resources": resources}, "uploads", 1)
+    plain, seen = Checkpointer._store_part, []
+
+    def store_part(self: Checkpointer, name: str, path: Path) -> Any:
+        before = self.stored
+        part = plain(self, name, path)
+        if self.stored > before:
+            seen.append([str(self._upload.position), name])
+        return part
+
+    Checkpointer._store_part = store_part
+    stage_runner("ppo")(context)
+    return seen
+
+
+def damaged(root: str, name: str, harm: str) -> dict[str, Any]:
+    """A stage that is stopped and taken up again after the newest checkpoint has been damaged; what it does and says."""
+    job = {**SMALL_SFT, "resources": {**SMALL_SFT["resources"], "checkpoint": {"every_steps": 1, "keep": 2}}}
+    whole = attempt(root, job, f"{name}-whole", 1, None, always=False)
+    attempt(root, job, name, 1, [4, "train", 0], always=False)
+    context, _ = build(root, job, name, 2)
+    store, ref = context.store, context.job.output
+    newest, *older = [checkpoints.read_marker(store, ref, key) for key in checkpoints.marker_keys(store, ref)]
+    gather(None)  # all ranks have looked
+    if not RANK:
+        for marker in [newest, *older][: 2 if harm == "everything" else 1]:
+            wanted = "rank-001.safetensors" if harm != "record" else "rank-001.json"
+            (part,) = [p for p in marker.parts if p.name.endswith(wanted)]
+            key = marker.key if harm == "marker" else marker.part_key(part)
+            data = bytearray(store.read(key))
+            data[len(data) // 2] ^= 4
+            store.write(key, bytes(data))
+            if harm == "missing":
+                store.delete(key)
+    gather(None)
+    said: list[str] = []
+    plain = JobContext.say
+    JobContext.say = lambda self, text: said.append(text)
+    try:
+        last = attempt(root, job, name, 2, None, always=False)
+    finally:
+        JobContext.say = plain
+    return {
+        "resumed": [line.partition(",")[0] for line in said if "resumed" in line],
+        "passed over": sum("passed over" in line for line in said),
+        "from the beginning": sum("from its beginning" in line for line in said),
+        "same": weights_of(last) == weights_of(whole) and rows_of(last) == rows_of(whole) if not RANK else True,
+    }
 
 
 def deletions(root: str) -> list[int]:

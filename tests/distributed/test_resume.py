@@ -115,3 +115,46 @@ def test_on_one_process_a_resumed_stage_has_the_bits_of_an_undisturbed_one(alone
 @pytest.mark.parametrize("label", TWO)
 def test_on_two_processes_a_resumed_stage_has_the_bits_of_an_undisturbed_one(together, label):
     check(together, label)
+
+
+def test_checkpoints_are_made_by_steps_and_milestones_and_only_some_are_kept(tiny_root, tmp_path):
+    plan = {"every_minutes": None, "every_steps": 1, "milestone_steps": 2, "keep": 1}
+    arguments = {"root": str(tiny_root), "name": "cadence-steps", "plan": plan}
+    found = ranks.run(2, "cadence", tmp_path, 120, "resume_scenarios.py", **arguments)
+    assert found == {"saved": 5, "steps": [2, 4, 5], "kept": [2, 4], "parts not listed": 0}
+
+
+def test_checkpoints_are_made_by_minutes_and_none_without_a_plan(tiny_root, tmp_path):
+    arguments = {"root": str(tiny_root), "name": "cadence-now", "plan": {"every_minutes": 1e-6}}
+    found = ranks.run(1, "cadence", tmp_path / "now", 120, "resume_scenarios.py", **arguments)
+    assert 1 <= found["saved"] <= 5 and len(found["steps"]) == min(2, found["saved"])
+    arguments = {"root": str(tiny_root), "name": "cadence-never", "plan": {"every_minutes": None}}
+    found = ranks.run(1, "cadence", tmp_path / "never", 120, "resume_scenarios.py", **arguments)
+    assert found == {"saved": 0, "steps": [], "kept": [], "parts not listed": 0}
+
+
+def test_only_what_has_changed_is_stored_again(tiny_root, tmp_path):
+    seen = ranks.run(1, "uploads", tmp_path, 120, "resume_scenarios.py", root=str(tiny_root))
+    engines = [[where, name] for where, name in seen if name.endswith("/rank-000.safetensors") and "state/" not in name]
+    assert engines == [
+        ["rollout 0, to be scored", "actor/rank-000.safetensors"],
+        ["rollout 0, to be scored", "critic/rank-000.safetensors"],
+        ["rollout 1", "critic/rank-000.safetensors"],
+        ["rollout 2", "critic/rank-000.safetensors"],
+        ["rollout 3", "actor/rank-000.safetensors"],
+        ["rollout 3", "critic/rank-000.safetensors"],
+    ], "the actor does not move at first, and neither model does while answers are scored"
+
+
+@pytest.mark.parametrize("harm", ["content", "record", "marker", "missing"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(tiny_root, tmp_path, harm):
+    arguments = {"root": str(tiny_root), "name": f"damaged-{harm}", "harm": harm}
+    found = ranks.run(2, "damaged", tmp_path, 180, "resume_scenarios.py", **arguments)
+    assert found["resumed"] == ["resumed from step 3 (attempt 1)"]
+    assert found["passed over"] == 1 and found["same"]
+
+
+def test_without_a_whole_checkpoint_the_stage_starts_from_its_beginning_and_says_so(tiny_root, tmp_path):
+    arguments = {"root": str(tiny_root), "name": "damaged-all", "harm": "everything"}
+    found = ranks.run(2, "damaged", tmp_path, 180, "resume_scenarios.py", **arguments)
+    assert found == {"resumed": [], "passed over": 2, "from the beginning": 1, "same": True}

@@ -23,6 +23,7 @@ NOT_YET = ("FALSE", "NONE", "")  # what Google's metadata service answers while 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _reason: str | None = None
+_before: dict[int, Any] = {}  # what the signals did before `install`
 _watch: threading.Event | None = None  # set: the thread that watches the notice is to end
 
 
@@ -34,17 +35,21 @@ def install(notice: str | None = None) -> None:
     """
     global _watch
     for signo in SIGNALS:
-        signal.signal(signo, _told)
+        before = signal.signal(signo, _told)
+        if before is not _told:
+            _before[signo] = before
     if notice and _watch is None and os.environ.get("LOCAL_RANK", "0") == "0":
         _watch = threading.Event()
         threading.Thread(target=_watch_notice, args=(notice, _watch), daemon=True, name="notice").start()
 
 
 def uninstall() -> None:
-    """SIGTERM and SIGINT end this process again; the notice is no longer watched."""
-    global _watch
-    for signo in SIGNALS:
-        signal.signal(signo, signal.SIG_DFL)
+    """SIGTERM and SIGINT mean again what they did before; the notice is no longer watched, and what was requested forgotten."""
+    global _watch, _reason
+    for signo, before in _before.items():
+        signal.signal(signo, before)
+    _before.clear()
+    _reason = None
     if _watch is not None:
         _watch.set()
         _watch = None

@@ -184,8 +184,7 @@ def preempted(root: str, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
             message = str(error)
         finally:
             setattr(owner, name, plain)
-        preemption.uninstall()
-        preemption._reason = None  # the next attempt would be another process
+        preemption.uninstall()  # the next attempt would be another process
         last = attempt(root, job, f"{label}-cut", 2, None, always=False)
         if not RANK:
             same = [rows_of(whole) == rows_of(last), weights_of(whole) == weights_of(last)]

@@ -16,8 +16,8 @@ from flows.show_store import bytes_bar, show_aliases, show_damaged, show_removal
 from flows.targets import find_artifact, stage_name, store_of
 from rlhf_core import aliases
 from rlhf_core.artifacts import Manifest, survey
-from rlhf_core.errors import ConfigError, ExitCode
-from rlhf_core.gc import Policy, collect, orphans, plan
+from rlhf_core.errors import ConfigError, ExitCode, StoreError
+from rlhf_core.gc import Policy, collect, orphans, plan, unfinished_writes
 from rlhf_core.inventory import look
 from rlhf_core.layout import artifacts_of
 from rlhf_core.store import Store
@@ -132,7 +132,8 @@ def artifacts_gc(
     store: StoreOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Show, or remove, what nobody needs: what nothing kept was made of, old unfinished artifacts, and leftovers.
+    """Show, or remove, what nobody needs: what nothing kept was made of, old unfinished artifacts, and leftovers, also of
+    writes that were cut off a day ago or more.
 
     Kept are: what aliases stand for; published artifacts, all of them unless --keep-last or --older-than says which may go
     (with both, an artifact goes if both say so); what a job is building; what is unfinished and young; and whatever these were
@@ -144,6 +145,10 @@ def artifacts_gc(
     for trouble in view.unreadable:
         err.print(f"[yellow]cannot be read, so no artifact is removed:[/] {escape(trouble)}", soft_wrap=True)
     removals = [*orphans(place, view, policy), *plan(view, policy)]
+    try:
+        removals += unfinished_writes(place, view)
+    except StoreError as error:  # on S3 that is a permission of its own
+        err.print(f"[yellow]cut-off writes cannot be looked up:[/] {escape(str(error))}", soft_wrap=True)
     if not removals:
         out.print(f"nothing to remove in {place.url}", soft_wrap=True)
         return

@@ -1,8 +1,8 @@
 """The pipeline as a Prefect flow: data -> sft -> reward -> ppo -> evaluate, or data -> sft -> dpo -> evaluate.
 
 Each stage is one `deepspeed` job whose result is an immutable artifact in the store. A stage that has finished is reused,
-one that was cut off goes on from its last checkpoint: so running the flow again, or *Retry* in the UI, is always right. The plan checks all
-that can be checked (configuration, model and data in place, store in reach) before anything trains.
+one that was cut off goes on from its last checkpoint: so running the flow again, or *Retry* in the UI, is always right. The plan
+checks all that can be checked (configuration, model and data in place, store in reach) before anything trains.
 """
 
 from functools import partial

@@ -20,6 +20,7 @@ KINDS = {
     "checkpoints": "checkpoints",
     "files": "files",
     "parts": "parts of checkpoints",
+    "writes": "cut-off writes",
 }
 
 

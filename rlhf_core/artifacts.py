@@ -7,9 +7,11 @@ verifies size and sha256 of every file in the store and then writes the manifest
 whether an artifact exists, and `fetch` verifies again what it takes.
 """
 
+import json
 import os
+import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ __all__ = [
     "parse_manifest",
     "publish",
     "read_manifest",
+    "retired_before",
     "sha256_file",
     "survey",
     "verify",
@@ -88,6 +91,12 @@ class Manifest(Frozen):
     def place(self) -> str:
         """The folder of the files, relative to the store's root."""
         return f"{self.ref.id}/{self.folder}" if self.folder else self.ref.id
+
+    @property
+    def attempt(self) -> int:
+        """The attempt whose files it consists of; 1 where it does not say."""
+        match = re.match(r"attempts/(\d+)/", self.folder)
+        return int(match[1]) if match else 1
 
     def key(self, path: str) -> str:
         """Where a file is, relative to the store's root."""
@@ -179,12 +188,14 @@ def verify(store: Store, manifest: Manifest, checksums: bool = True) -> None:
         in_threads(check, manifest.files)
 
 
-def publish(store: Store, manifest: Manifest) -> Manifest:
+def publish(store: Store, manifest: Manifest, last_look: Callable[[], None] = lambda: None) -> Manifest:
     """Verify the files and write the manifest, create-only; returns the manifest that stands.
 
-    If another run published the same artifact first, its manifest stands and is returned.
+    If another run published the same artifact first, its manifest stands and is returned. `last_look` is called between the
+    two steps, the first of which may take long; what it raises keeps the artifact from being published.
     """
     verify(store, manifest)
+    last_look()
     try:
         store.write(f"{manifest.ref.id}/{MANIFEST}", seal(manifest), create=True)
     except AlreadyExists:
@@ -192,6 +203,26 @@ def publish(store: Store, manifest: Manifest) -> Manifest:
         assert standing is not None
         return standing
     return manifest
+
+
+def retired_before(store: Store, ref: ArtifactRef) -> int:
+    """The first attempt whose results and checkpoints count: that of the last run that forced the artifact, or 1.
+
+    Raises:
+        IntegrityError: the record of a run that forced it is damaged.
+    """
+    numbers = [1]
+    for key in store.list(f"{ref.id}/superseded"):
+        if "/superseded/by-" in key:
+            try:
+                numbers.append(int(json.loads(store.read(key)).get("attempt", 1)))
+            except KeyError:
+                continue
+            except (ValueError, TypeError, AttributeError):
+                raise IntegrityError(
+                    f"{store.url}/{key}: damaged: not the record of a forced run; remove it and force the stage again"
+                ) from None
+    return max(numbers)
 
 
 def fetch(store: Store, ref: ArtifactRef, cache: Path) -> tuple[Path, Manifest]:

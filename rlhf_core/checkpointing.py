@@ -2,29 +2,24 @@
 
 A trainer calls `at(position)` wherever its state is complete: after an optimizer step, between the phases of a rollout. All
 ranks agree there whether to save: by steps, by minutes, because the machine is to be given up, or because a rollout has just
-been made with weights that are saved already, so that it costs next to nothing to keep. A save writes this rank's state to local
-disk and returns; a thread uploads it while training goes on. When all ranks have confirmed what they stored, rank 0 writes the
-marker and only then removes what is older. An upload that fails ends the stage at the next step; it never fails silently.
-`restore` takes the newest checkpoint that is whole, down to the checksums of what each rank reads.
+been made with weights that are saved already, so that only the rollout is new. A save writes this rank's state to local disk and
+returns; `saving` stores it while training goes on. A save that fails is told at the next step and tried again; one after the
+other that fails ends the stage. `restore` takes the newest checkpoint that is whole, down to the checksums of what each rank
+reads, and passes over what is damaged.
 """
 
-import base64
-import platform
-import random
+import fcntl
+import os
 import shutil
-import sys
-import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
 
-import deepspeed
-import numpy as np
 import torch
-from deepspeed.accelerator import get_accelerator
 from pydantic import ConfigDict, Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,20 +31,23 @@ from rlhf_core.distributed import Ranks, any_rank, gather, sum_over_ranks
 from rlhf_core.ema import EMA
 from rlhf_core.engine_state import EngineState
 from rlhf_core.errors import ConfigError, IntegrityError, Preempted, StoreError
+from rlhf_core.generators import differing, generators, set_generators
+from rlhf_core.saving import Save
 from rlhf_core.sealed import seal, unseal
 from rlhf_core.specs import Frozen
 
-CONFIRM_SECONDS = 3600.0  # how long rank 0 waits for the others' uploads
-CONFIRM_POLL_SECONDS = 0.1
+T = TypeVar("T")
 SHARED = "shared.safetensors"
 FILES = "files/"
+FAILURES = 3  # saves in a row that may fail before the stage does
+SHARE = 33  # saving by time takes at most one part in so many of the time
 
 
 class Resumable(Protocol):
     """What a trainer says of its own state, beside its engines."""
 
     def record(self) -> dict[str, Any]:
-        """Counters and the like, as JSON; alike on all ranks."""
+        """Counters and the like of this rank, as JSON."""
         ...
 
     def shared(self) -> dict[str, Tensor]:
@@ -58,6 +56,10 @@ class Resumable(Protocol):
 
     def own(self) -> dict[str, Tensor]:
         """Tensors of this rank."""
+        ...
+
+    def accepts(self, record: dict[str, Any]) -> bool:
+        """Whether a state with this record can be taken up; if not, the checkpoint is passed over."""
         ...
 
     def resume(
@@ -69,12 +71,6 @@ class Resumable(Protocol):
     ) -> None:
         """Take up that state. `own` is this rank's, or after a change of their number that of all ranks that wrote it."""
         ...
-
-
-class Confirmation(Frozen):
-    """What one rank has stored of a checkpoint."""
-
-    parts: tuple[Part, ...]
 
 
 class RankRecord(Frozen):
@@ -93,25 +89,8 @@ class GivenUp(Exception):
     """Raised in the middle of what need not be finished before a job ends."""
 
 
-@dataclass
-class _Upload:
-    """One save on its way: local files by the names of their parts, and the thread that stores them."""
-
-    position: Position
-    kept: bool
-    files: dict[str, Path]
-    same: dict[str, Part]  # parts stored before, which have not changed
-    error: BaseException | None = None
-    parts: tuple[Part, ...] = ()
-    thread: threading.Thread | None = field(default=None, repr=False)
-
-    @property
-    def busy(self) -> bool:
-        return self.thread is not None and self.thread.is_alive()
-
-
 class Checkpointer:
-    """Saves and restores one stage on this rank.
+    """Saves and restores one stage on this rank; a context manager around its loop.
 
     Attributes:
         off: this stage cannot be saved, and its plan does not ask for it.
@@ -125,10 +104,9 @@ class Checkpointer:
     ) -> None:
         """`engines`: what is trained, by name, each with its moving average or None. ConfigError: they cannot be saved."""
         self.context, self.ranks, self.trainer = context, ranks, trainer
-        self.plan = context.job.resources.checkpoint
+        self.plan = plan = context.job.resources.checkpoint
         self.engines = {name: EngineState(engine, ema) for name, (engine, ema) in engines.items()}
         self.off = not all(state.readable for state in self.engines.values())
-        plan = self.plan
         if self.off and (plan.every_minutes or plan.every_steps or plan.milestone_steps):
             raise ConfigError(
                 "resources.checkpoint: what is offloaded to nvme cannot be saved; offload to cpu, or set every_minutes, "
@@ -136,16 +114,27 @@ class Checkpointer:
             )
         self.saves, self.seconds, self.stored = 0, 0.0, 0
         self._local = context.scratch / f"checkpoint-{ranks.rank}"
-        self._upload: _Upload | None = None
-        self._saved: Position | None = None
+        self._save: Save | None = None
+        self._failures = 0
+        self._saved: Position | None = None  # the newest that is stored, or on its way
         self._saved_at = time.monotonic()
+        self._last_seconds = 0.0  # that training waited for the last save
         self._moves: tuple[int, ...] | None = None  # of the engines when they were saved
         self._parts: dict[str, Part] = {}  # what this rank stored last
         self._ages: dict[str, tuple[int, int]] = {}  # size and time of change of files when they were saved
         self._before: str | None = None  # marker of the checkpoint this job resumed from
         self._restored: list[dict[str, Any]] = []
+        self._calls = 0
         if not self.off:
             preemption.install(plan.notice)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        preemption.uninstall()
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
@@ -159,32 +148,36 @@ class Checkpointer:
 
         Raises:
             Preempted: this job is to end, and has saved its state.
-            StoreError: the last checkpoint could not be stored, or the local disk is full.
+            StoreError: checkpoints could not be stored again and again, or the local disk is full.
         """
         if self.off:
             return
         began = time.monotonic()
-        main, reason = self.ranks.rank == 0, preemption.requested()
-        upload = self._upload
+        reason, save, main = preemption.requested(), self._save, self.ranks.rank == 0
         told = [
-            float(upload is not None and upload.error is not None),
+            float(save is not None and save.failed),
             float(reason is not None),
-            float(upload is not None and upload.busy),
+            float(save is not None and save.busy),
             float(main and self._by_time(last)),
         ]
         failed, stop, busy, late = sum_over_ranks(told)
         if failed:
-            self._raise_upload_error()
+            self._forget_failed(final=False)
         if stop:
             self._save_and_end(position, reason)
         kept = self._is_milestone(position)
-        if position != self._saved and (always or kept or self._by_progress(position) or (late and not busy)):
+        due = always or kept or self._by_steps(position) or ((late or self._is_cheap(position)) and not busy)
+        if position != self._saved and (due or failed):
             self.save(position, kept)
+            self._last_seconds = time.monotonic() - began
         self.seconds += time.monotonic() - began
 
     def _by_time(self, last: bool) -> bool:
         minutes = self.plan.every_minutes
-        return minutes is not None and time.monotonic() - self._saved_at >= 60 * (min(minutes, 1) if last else minutes)
+        if minutes is None:
+            return False
+        pause = 60 * (min(minutes, 1) if last else minutes)
+        return time.monotonic() - self._saved_at >= max(pause, SHARE * self._last_seconds)
 
     def _is_milestone(self, position: Position) -> bool:
         every = self.plan.milestone_steps
@@ -192,52 +185,82 @@ class Checkpointer:
             bool(every) and position.phase in ("train", "rollout") and position.step > 0 and not position.step % every
         )
 
-    def _by_progress(self, position: Position) -> bool:
-        """Whether to save for the sake of the steps, or of a rollout whose weights are saved or due to be."""
+    def _by_steps(self, position: Position) -> bool:
         every = self.plan.every_steps
-        on_step = bool(every) and position.step % every == 0
-        if position.phase in ("train", "rollout"):
-            return on_step and position.step > 0 and position.update == 0
-        if position.phase == "score" or not position.update:
-            return on_step or (self._moves is not None and self._moves == self._now())
-        return False
+        if not every or position.step % every or position.update:
+            return False
+        return position.step > 0 or position.phase in ("score", "update")
+
+    def _is_cheap(self, position: Position) -> bool:
+        """Whether there is a rollout to save whose weights are saved already."""
+        return position.phase in ("score", "update") and self._moves is not None and self._moves == self._now()
 
     def _now(self) -> tuple[int, ...]:
         return tuple(state.moves for state in self.engines.values())
 
-    def _raise_upload_error(self) -> None:
-        if self._upload is None or self._upload.error is None:
-            raise StoreError("a checkpoint could not be stored by another rank; its own message tells why")
-        error = self._upload.error
-        raise StoreError(f"the checkpoint of {self._upload.position} could not be stored: {error}") from error
+    def _forget_failed(self, final: bool) -> None:
+        """A save has failed on some rank: tell it, and be ready to save all of it again; collective.
+
+        Raises:
+            StoreError: it was one too many, or the error is not the store's.
+        """
+        assert self._save is not None
+        self._save.give_up()
+        position, error = self._save.position, self._save.error
+        self._save, self._saved, self._moves, self._parts, self._ages = None, None, None, {}, {}
+        self._failures += 1
+        told = f"the checkpoint of {position} could not be stored"
+        told += f": {error}" if error else " by another rank; its own message tells why"
+        ours = error is None or isinstance(error, StoreError)
+        if any_rank(final or not ours or self._failures >= FAILURES):
+            raise StoreError(told) from error
+        if error:
+            said = f"[{self.context.job.stage}] rank {self.ranks.rank}: {told}; saving again ({self._failures} of {FAILURES})"
+            print(said, flush=True)
 
     def _save_and_end(self, position: Position, reason: str | None) -> None:
         if position != self._saved:
             self.save(position, self._is_milestone(position))
-        self._wait()
-        if any_rank(self._upload is not None and self._upload.error is not None):
-            self._raise_upload_error()
+        if self._wait():
+            self._forget_failed(final=True)
         reasons = [text for text in gather(reason) if text]
         raise Preempted(f"{reasons[0]}; saved at {position}")
 
     def save(self, position: Position, kept: bool = False) -> None:
-        """Write this rank's state to local disk and have it stored; waits for the save before, if that is still going on."""
-        self._wait()
-        if self._upload is not None and self._upload.error is not None:
-            self._raise_upload_error()
+        """Write this rank's state to local disk and have it stored; collective. Waits for a save that is under way."""
+        if self._wait():
+            self._forget_failed(final=False)
         shutil.rmtree(self._local, ignore_errors=True)
         try:
-            upload = _Upload(position, kept, *self._snapshot())
-        except OSError as error:
+            files, same = self._snapshot()
+        except (OSError, SafetensorError) as error:
             raise StoreError(
-                f"the checkpoint of {position} cannot be written to {self._local}: {error.strerror or error}; make room "
-                "there, or set TMPDIR to another folder"
+                f"the checkpoint of {position} cannot be written to {self._local}: {error}; make room there, or set "
+                "TMPDIR to another folder"
             ) from error
-        upload.thread = threading.Thread(target=self._store, args=(upload,), daemon=True, name=f"save {position}")
-        self._upload, self._saved, self._moves = upload, position, self._now()
-        self._saved_at = time.monotonic()
+        layout = {name: engine.layout for name, engine in self.engines.items()}
+        self._save = Save(self.context, position, kept, self._local, files, same, self._parts, layout, self._before)
+        self._saved, self._saved_at, self._moves = position, time.monotonic(), self._now()
         self.saves += 1
-        upload.thread.start()
+
+    def _wait(self) -> bool:
+        """Until no rank's save is under way, or one has failed; whether one has. Collective."""
+        pause = 0.01
+        while self._save is not None:
+            failed, busy = sum_over_ranks([float(self._save.failed), float(self._save.busy)])
+            if failed:
+                return True
+            if not busy:
+                self._parts, self._failures = self._save.parts, 0
+                self.stored += self._save.stored
+                self._save = None
+                return False
+            self._save.join(pause)
+            if not self._save.busy:
+                time.sleep(pause)
+            pause = min(1.0, 2 * pause)
+            self.context.alive()
+        return False
 
     def _snapshot(self) -> tuple[dict[str, Path], dict[str, Part]]:
         """This rank's state as local files; parts that are stored already are named only."""
@@ -282,129 +305,92 @@ class Checkpointer:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def _wait(self) -> None:
-        if self._upload is not None and self._upload.thread is not None:
-            self._upload.thread.join()
-
     def metrics(self) -> dict[str, float]:
         """What checkpoints have cost so far: how many, seconds training waited for them, bytes this rank has stored."""
         return {"checkpoints": self.saves, "checkpoint_seconds": self.seconds, "checkpoint_bytes": self.stored}
 
-    def close(self) -> None:
-        """Wait for the last save; what went wrong with it is told, as the result is about to make it needless."""
-        self._wait()
-        if self._upload is not None and self._upload.error is not None:
-            print(f"the last checkpoint could not be stored: {self._upload.error}", file=sys.stderr, flush=True)
+    def close(self, position: Position) -> None:
+        """All steps are done, and `position` is the last; collective. From here on SIGTERM ends this process at once.
+
+        Raises:
+            Preempted: this job is to end, and has saved its state.
+        """
+        if not self.off and any_rank((reason := preemption.requested()) is not None):
+            self._save_and_end(position, reason)
         preemption.uninstall()
 
-    # --- in the background ---------------------------------------------------------------------------------------------
+    def finish(self) -> None:
+        """Wait for the last save; collective. A failure is told only, as the result is about to make it needless."""
+        if self._wait():
+            self._failures = 0
+            self._forget_failed(final=False)
 
-    def _store(self, upload: _Upload) -> None:
+    # --- what need not be finished ---------------------------------------------------------------------------------
+
+    def unless_told(self, make: Callable[[], T]) -> T | None:
+        """What `make` makes; None on all ranks if one has given it up in `stop_if_told`. Collective."""
+        self._calls = 0
+        found = None
         try:
-            began = time.monotonic()
-            upload.parts = tuple(self._store_part(name, path) for name, path in upload.files.items())
-            upload.parts += tuple(upload.same.values())
-            self._parts = {part.name: part for part in upload.parts}
-            shutil.rmtree(self._local, ignore_errors=True)
-            if self.ranks.rank:
-                self._confirm(upload)
-            else:
-                self._complete(upload, began)
-        except BaseException as error:
-            upload.error = error
+            found = make()
+        except GivenUp:
+            pass
+        return None if any_rank(found is None) else found
 
-    def _store_part(self, name: str, path: Path) -> Part:
-        part = Part(name=name, size=path.stat().st_size, sha256=sha256_file(path))
-        if self._parts.get(name) != part:
-            self.context.store.upload(path, f"{self._folder}/parts/{part.sha256}")
-            self.stored += part.size
-        return part
+    def stop_if_told(self, alike: bool, every: int = 1) -> None:
+        """Inside `unless_told`: GivenUp if this job is to end.
 
-    @property
-    def _folder(self) -> str:
-        return checkpoints.folder_of(self.context.job.output.id, self.context.job.attempt)
-
-    def _confirmation(self, upload: _Upload, rank: int) -> str:
-        p = upload.position
-        return f"{self._folder}/confirmed/{p.step:08d}-{p.phase}-{p.update:06d}/rank-{rank:03d}.json"
-
-    def _confirm(self, upload: _Upload) -> None:
-        key = self._confirmation(upload, self.ranks.rank)
-        self.context.store.write(key, seal(Confirmation(parts=upload.parts)))
-
-    def _complete(self, upload: _Upload, began: float) -> None:
-        """Rank 0: wait for all, write the marker, then remove what it replaces."""
-        store = self.context.store
-        keys = [self._confirmation(upload, rank) for rank in range(1, self.ranks.world)]
-        parts = {part.name: part for key in keys for part in self._await(key).parts}
-        parts |= {part.name: part for part in upload.parts}
-        marker = Checkpoint(
-            artifact=self.context.job.output.id,
-            attempt=self.context.job.attempt,
-            position=upload.position,
-            kept=upload.kept,
-            world=self.ranks.world,
-            layout={name: engine.layout for name, engine in self.engines.items()},
-            parts=tuple(parts[name] for name in sorted(parts)),
-            versions=versions(),
-        )
-        store.write(marker.key, seal(marker))
-        size = sum(part.size for part in marker.parts)
-        self.context.say(
-            f"saved {upload.position}: {size / 1e6:.1f} MB, complete after {time.monotonic() - began:.2f} s"
-        )
-        for key in keys:
-            store.delete(key)
-        self._prune()
-
-    def _await(self, key: str) -> Confirmation:
-        until = time.monotonic() + CONFIRM_SECONDS
-        pause = CONFIRM_POLL_SECONDS
-        while time.monotonic() < until:
-            try:
-                return unseal(Confirmation, self.context.store.read(key), key)
-            except KeyError:
-                time.sleep(pause)
-                pause = min(2.0, 1.5 * pause)
-        raise StoreError(f"{key}: not confirmed within {CONFIRM_SECONDS:g} s")
-
-    def _prune(self) -> None:
-        """Keep the newest of this attempt, and until they are enough the one it resumed from."""
-        store, job = self.context.store, self.context.job
-        keys = [key for key in checkpoints.marker_keys(store, job.output) if not checkpoints.is_kept(key)]
-        mine = [key for key in keys if key.startswith(f"{self._folder}/")]
-        keep = {*mine[: self.plan.keep], *([self._before] if len(mine) < self.plan.keep else [])}
-        earlier = checkpoints.earlier(job.output.id, job.attempt, keys)
-        checkpoints.delete(store, job.output, [key for key in [*mine, *earlier] if key not in keep])
+        Args:
+            alike: all ranks call this equally often, as every forward pass is collective (ZeRO-3): then they stop together.
+            every: with `alike`, calls between two looks, each of which costs a small collective.
+        """
+        self._calls += 1
+        if alike and self._calls % every:
+            return
+        told = preemption.requested() is not None
+        if any_rank(told) if alike else told:
+            raise GivenUp
 
     # --- resuming ------------------------------------------------------------------------------------------------------
 
     def restore(self) -> Position | None:
         """Take up the newest whole checkpoint; None if there is none. Collective.
 
-        What is damaged is told and passed over for the one before it.
+        What is damaged, or cannot be taken up, is told and passed over for the one before it.
         """
         if self.off:
             return None
-        store, ref = self.context.store, self.context.job.output
-        whole = checkpoints.whole(store, ref, self.context.say, self.context.job.since)
+        with self.context.transferring("resume"):
+            position, gone = self._restore_newest()
+            if position is None and gone:  # by another attempt, believed dead, which has stored newer ones
+                self.context.say("checkpoints were removed while they were being read; looking again")
+                position, _ = self._restore_newest()
+            return position
+
+    def _restore_newest(self) -> tuple[Position | None, bool]:
+        """The position taken up, and whether something that was listed was not there any more."""
+        store, job = self.context.store, self.context.job
+        whole = checkpoints.whole(store, job.output, self.context.say, job.since)
         found = [c.key for c in whole] if self.ranks.rank == 0 else []
+        gone = False
         for key in gather(found)[0]:
-            marker = checkpoints.read_marker(store, ref, key)
-            problem: Exception | None = None
             fetched: dict[str, Path] = {}
+            marker, problem = None, None
             try:
+                marker = checkpoints.read_marker(store, job.output, key)
                 fetched = {part.name: self._fetch(marker, part) for part in self._mine(marker)}
             except (IntegrityError, KeyError) as error:
-                problem = error
-            if problems := [text for text in gather(str(problem) if problem else None) if text]:
+                problem = f"{key}: missing" if isinstance(error, KeyError) else str(error)
+            if problems := [text for text in gather(problem) if text]:
+                gone = gone or any("missing" in text for text in problems)
                 self.context.say(f"checkpoint passed over for the one before it: {problems[0]}")
                 continue
-            self._take_up(marker, fetched)
-            return marker.position
+            assert marker is not None
+            if self._take_up(marker, fetched):
+                return marker.position, False
         if found:
-            self.context.say("no checkpoint is whole: the stage starts from its beginning")
-        return None
+            self.context.say("no checkpoint can be taken up: the stage starts from its beginning")
+        return None, gone
 
     def _mine(self, marker: Checkpoint) -> list[Part]:
         """The parts that this rank reads: its own, or where the state is divided otherwise now those of all ranks."""
@@ -423,13 +409,15 @@ class Checkpointer:
         return wanted
 
     def _fetch(self, marker: Checkpoint, part: Part) -> Path:
-        """A local, verified file with a part; in place where the store is local."""
+        """A local, verified file with a part; in place where the store is local, else fetched once for all ranks here."""
         store, key = self.context.store, marker.part_key(part)
         path = store.local_path(key)
         if path is None:
-            path = self.context.scratch / f"resume-{self.ranks.rank}" / part.sha256
-            if not path.exists():
-                store.download(key, path)
+            path = self._shared_folder / part.sha256
+            with path.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    store.download(key, path)
         try:
             found = sha256_file(path)
         except FileNotFoundError:
@@ -438,7 +426,15 @@ class Checkpointer:
             raise IntegrityError(f"{store.url}/{key}: content differs from its name, the sha256 of {part.name}")
         return path
 
-    def _take_up(self, marker: Checkpoint, fetched: Mapping[str, Path]) -> None:
+    @property
+    def _shared_folder(self) -> Path:
+        """What the ranks of this job on this machine have fetched; removed with the job's scratch folder."""
+        folder = Path(os.environ.get("RLHF_SCRATCH") or self.context.scratch) / "resume"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _take_up(self, marker: Checkpoint, fetched: Mapping[str, Path]) -> bool:
+        """Put everything into the state that is in the files; False if the trainer cannot use it. Collective."""
         names = [f"rank-{rank:03d}" for rank in range(marker.world)]
         records = {
             name: unseal(RankRecord, fetched[f"state/{name}.json"].read_bytes(), f"{marker.key}: state/{name}.json")
@@ -446,12 +442,12 @@ class Checkpointer:
             if f"state/{name}.json" in fetched
         }
         own_record = records[names[self.ranks.rank % marker.world]]
+        if any_rank(not self.trainer.accepts(own_record.record)):
+            return False
         for engine, state in self.engines.items():
-            files = [
-                fetched[f"{engine}/{name}.safetensors"] for name in names if f"{engine}/{name}.safetensors" in fetched
-            ]
+            files = [fetched[part] for name in names if (part := f"{engine}/{name}.safetensors") in fetched]
             state.read(files, [record.engines[engine] for record in records.values()])
-        own = [load_file(fetched[f"state/{n}.safetensors"]) for n in names if f"state/{n}.safetensors" in fetched]
+        own = [load_file(fetched[part]) for name in names if (part := f"state/{name}.safetensors") in fetched]
         shared = load_file(fetched[SHARED]) if SHARED in fetched else {}
         self._restore_files(fetched)
         self._restored = [*own_record.resumed, {"attempt": marker.attempt, "from": str(marker.position)}]
@@ -461,10 +457,10 @@ class Checkpointer:
         self._saved, self._before, self._saved_at = marker.position, marker.key, time.monotonic()
         self._moves = self._now()
         set_generators(own_record.generators)
-        shutil.rmtree(self.context.scratch / f"resume-{self.ranks.rank}", ignore_errors=True)
         self.context.say(f"resumed from {marker}, written by {marker.world} processes, {marker.created}")
         if self.ranks.rank == 0 and (other := differing(marker.versions)):
             self.context.say(f"written with {other}: the result may differ in the last bits from an undisturbed run's")
+        return True
 
     def _restore_files(self, fetched: Mapping[str, Path]) -> None:
         """Put back what the stage had written to its output folder."""
@@ -482,56 +478,3 @@ class Checkpointer:
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies that share no memory, which safetensors refuses."""
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-
-
-def generators() -> dict[str, Any]:
-    """The states of Python's, NumPy's, torch's and the device's random generators, as JSON."""
-    version, numbers, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    accelerator: Any = get_accelerator()
-    found = {
-        "python": [version, list(numbers), gauss],
-        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, cached],
-        "torch": _text(torch.get_rng_state()),
-    }
-    if accelerator.device_name() != "cpu":
-        found["device"] = _text(accelerator.get_rng_state())
-    return found
-
-
-def set_generators(saved: Mapping[str, Any]) -> None:
-    """Put the generators into the states that `generators` returned."""
-    version, numbers, gauss = saved["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = saved["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(_tensor(saved["torch"]))
-    accelerator: Any = get_accelerator()
-    if "device" in saved and accelerator.device_name() != "cpu":
-        accelerator.set_rng_state(_tensor(saved["device"]))
-
-
-def _text(state: Tensor) -> str:
-    return base64.b64encode(state.cpu().numpy().tobytes()).decode()
-
-
-def _tensor(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-
-
-def versions() -> dict[str, str]:
-    """What decides the last bits of a result beside the code: the libraries that compute and the machine."""
-    accelerator: Any = get_accelerator()
-    return {
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "device": accelerator.device_name(),
-        "machine": platform.machine(),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def differing(saved: Mapping[str, str]) -> str:
-    """What was different when a checkpoint was written, e.g. "torch 2.12.0 (now 2.13.0)"; empty if nothing was."""
-    now = versions()
-    return ", ".join(f"{name} {was} (now {now.get(name)})" for name, was in saved.items() if now.get(name) != was)

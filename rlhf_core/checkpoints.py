@@ -1,14 +1,15 @@
 """Checkpoints as the store holds them: `{artifact}/checkpoints/NNNN/`, one folder for each attempt, and what may be done to them.
 
 A checkpoint is a marker, `{step}-{phase}-{update}[-kept].json`, and parts, `parts/{sha256}`, that it lists with size and
-checksum. Parts are named by their content: what has not changed since the attempt's last checkpoint is not stored again. The
-marker is written last, so a checkpoint exists when its marker does. Attempts share no part, so that one which was believed dead
-can damage nothing of another's. Which is newest is told by the names alone; a damaged one is passed over for the one before it.
-The training half that fills them is `checkpointing`. No torch here.
+checksum. Parts are named by their content: what has not changed since the attempt's last checkpoint is not stored again. Below
+`confirmed/` the other ranks say what they have stored, until rank 0 writes the marker: last, so a checkpoint exists when its marker
+does. Attempts share no part, so that one which was believed dead can damage nothing of another's. Which is newest is told by the
+names alone; a damaged one is passed over for the one before it. What fills them is `checkpointing`. No torch here.
 """
 
 import hashlib
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -34,7 +35,8 @@ class Position(Frozen):
     Attributes:
         step: finished optimizer steps, or rollouts with all their updates.
         phase: PPO: what comes next in the rollout that is under way; other stages: train.
-        update: PPO, phase update: finished optimizer steps of this rollout.
+        update: PPO, phase update: finished optimizer steps of this rollout. DPO, before its first step: rows that the
+            reference has scored.
     """
 
     step: int = Field(ge=0)
@@ -121,20 +123,26 @@ def is_kept(key: str) -> bool:
 
 
 def earlier(artifact: str, attempt: int, keys: Iterable[str]) -> list[str]:
-    """Those of some markers that were written by attempts before this one."""
-    return [key for key in keys if int(key.removeprefix(f"{artifact}/checkpoints/").partition("/")[0]) < attempt]
+    """Those of some keys that are in the checkpoint folders of attempts before this one."""
+    numbers = {key: key.removeprefix(f"{artifact}/checkpoints/").partition("/")[0] for key in keys}
+    return [key for key, number in numbers.items() if number.isdigit() and int(number) < attempt]
+
+
+def marker_at(store: Store, key: str) -> Checkpoint:
+    """The checkpoint of a marker. KeyError: it is gone. IntegrityError: damaged, too new, or not where it belongs."""
+    found = unseal(Checkpoint, store.read(key), f"{store.url}/{key}", SCHEMA)
+    if found.key != key:
+        raise IntegrityError(f"{store.url}/{key}: is the marker of {found.key}")
+    return found
 
 
 def read_marker(store: Store, ref: ArtifactRef, key: str) -> Checkpoint:
-    """The checkpoint of a marker. IntegrityError: damaged, newer than this version, or not where it belongs."""
+    """The checkpoint of one of an artifact's markers, as `marker_at`; also one that is gone is an IntegrityError."""
+    assert key.startswith(f"{ref.id}/"), f"{key} is not of {ref.id}"
     try:
-        data = store.read(key)
+        return marker_at(store, key)
     except KeyError:
         raise IntegrityError(f"{store.url}/{key}: missing") from None
-    found = unseal(Checkpoint, data, f"{store.url}/{key}", SCHEMA)
-    if found.artifact != ref.id or found.key != key:
-        raise IntegrityError(f"{store.url}/{key}: is the marker of {found.key}")
-    return found
 
 
 def check(store: Store, checkpoint: Checkpoint, checksums: bool = True) -> None:
@@ -162,9 +170,11 @@ def whole(store: Store, ref: ArtifactRef, say: Callable[[str], None], since: int
         yield found
 
 
-def newest(store: Store, ref: ArtifactRef, say: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
-    """The checkpoint that a job would resume from, if nothing in its parts is damaged."""
-    return next(whole(store, ref, say), None)
+def newest(
+    store: Store, ref: ArtifactRef, say: Callable[[str], None] = lambda _: None, since: int = 1
+) -> Checkpoint | None:
+    """The checkpoint that a job would resume from, if nothing in its parts is damaged; of attempts from `since` on."""
+    return next(whole(store, ref, say, since), None)
 
 
 def delete(store: Store, ref: ArtifactRef, keys: Iterable[str]) -> int:
@@ -175,31 +185,72 @@ def delete(store: Store, ref: ArtifactRef, keys: Iterable[str]) -> int:
     Returns:
         Bytes of the parts removed.
     """
-    doomed = set(keys)
     parts: dict[str, dict[str, int]] = {}
-    for key in doomed:
+    for key in set(keys):
         listed = parts.setdefault(key.rpartition("/")[0], {})
         with suppress(IntegrityError):
             found = read_marker(store, ref, key)
             listed.update({found.part_key(part): part.size for part in found.parts})
         with suppress(KeyError):
             store.delete(key)
+    return sum(_remove(store, listed, _needed(store, ref, store.list(folder))) for folder, listed in parts.items())
+
+
+def sweep(store: Store, ref: ArtifactRef, attempt: int) -> int:
+    """Remove from the folders of attempts before `attempt` what no marker left there lists: parts and confirmations.
+
+    A folder with a marker that cannot be read is left alone. Only who holds the lease of `attempt` may, once it needs nothing
+    of theirs but what markers list; should one of them live on, a checkpoint that it completes after this is not whole.
+
+    Returns:
+        Bytes removed.
+    """
+    folders: dict[str, dict[str, int]] = {}
+    stored = store.list(f"{ref.id}/checkpoints")
+    for key in earlier(ref.id, attempt, stored):
+        folders.setdefault("/".join(key.split("/")[:4]), {})[key] = stored[key]
     freed = 0
-    for folder, listed in parts.items():
-        try:
-            others = [read_marker(store, ref, key) for key in store.list(folder) if _place(key) and key not in doomed]
-        except IntegrityError:
-            continue  # what a damaged marker needs is not known
-        for key in listed.keys() - {c.part_key(part) for c in others for part in c.parts}:
-            with suppress(KeyError):
-                store.delete(key)
-                freed += listed[key]
+    for folder, objects in folders.items():
+        kinds = (f"{folder}/parts/", f"{folder}/confirmed/")
+        lost = {key: size for key, size in objects.items() if key.startswith(kinds)}
+        freed += _remove(store, lost, _needed(store, ref, objects)) if lost else 0
     return freed
 
 
-def clear(store: Store, ref: ArtifactRef) -> int:
-    """Remove what an artifact that is published needs no more: all but milestones. Returns the bytes removed."""
-    return delete(store, ref, [key for key in marker_keys(store, ref) if not is_kept(key)])
+def clear(store: Store, ref: ArtifactRef, before: int | None = None) -> int:
+    """Remove what an artifact that is published needs no more: all but milestones and their parts.
+
+    Args:
+        store: where it is.
+        ref: its id.
+        before: only of attempts before this one; None: of all, for who holds the lease.
+
+    Returns:
+        Bytes removed, without those of markers.
+    """
+    before = sys.maxsize if before is None else before
+    markers = earlier(ref.id, before, marker_keys(store, ref))
+    freed = delete(store, ref, [key for key in markers if not is_kept(key)])
+    return freed + sweep(store, ref, before)
+
+
+def _needed(store: Store, ref: ArtifactRef, keys: Iterable[str]) -> set[str] | None:
+    """Keys of all parts that the markers among some keys list; None if one of them cannot be read."""
+    try:
+        markers = [read_marker(store, ref, key) for key in keys if _place(key)]
+    except IntegrityError:
+        return None
+    return {marker.part_key(part) for marker in markers for part in marker.parts}
+
+
+def _remove(store: Store, objects: dict[str, int], needed: set[str] | None) -> int:
+    """Remove the objects that are not needed, none if that is not known; returns their bytes."""
+    freed = 0
+    for key in sorted(objects.keys() - needed) if needed is not None else ():
+        with suppress(KeyError):
+            store.delete(key)
+            freed += objects[key]
+    return freed
 
 
 def part_of(name: str, data: bytes) -> Part:

@@ -6,7 +6,10 @@ imports torch, so that the data stage starts fast.
 
 import json
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,8 @@ from typing import Any
 from rlhf_core.artifacts import Manifest, fetch, job_cache
 from rlhf_core.job import JobSpec, progress_line
 from rlhf_core.store import Store
+
+ALIVE_SECONDS = 10.0  # between signs of life
 
 
 @dataclass
@@ -37,6 +42,8 @@ class JobContext:
     world: int = 1
     started: float = field(default_factory=time.monotonic)
     resumed: list[dict[str, Any]] = field(default_factory=list)
+    _last: dict[str, Any] = field(default_factory=lambda: {"step": 0, "total": 1, "phase": "start"})
+    _told: float = 0.0
     _fetched: dict[str, tuple[Path, Manifest]] = field(default_factory=dict)
 
     @property
@@ -71,9 +78,32 @@ class JobContext:
         self, step: int, total: int, phase: str, metrics: dict[str, float] | None = None, unit: str = "step"
     ) -> None:
         """Tell the control plane how far this stage is; also the sign of life that keeps it from being ended as hung."""
+        event = {"step": step, "total": total, "unit": unit, "phase": phase, "metrics": metrics or {}}
+        self._last, self._told = event, time.monotonic()
         if self.is_main:
-            event = {"step": step, "total": total, "unit": unit, "phase": phase, "metrics": metrics or {}}
             print(progress_line(event), flush=True)
+
+    def alive(self) -> None:
+        """Repeat the last progress, at most every few seconds: a sign of life from what cannot tell how far it is."""
+        if time.monotonic() - self._told > ALIVE_SECONDS:
+            self.progress(**self._last)
+
+    @contextmanager
+    def transferring(self, phase: str) -> Iterator[None]:
+        """Give signs of life while data go to or come from the store, whose every request has a time limit of its own."""
+        over = threading.Event()
+
+        def tell() -> None:
+            while not over.wait(ALIVE_SECONDS):
+                self.progress(0, 1, phase)
+
+        thread = threading.Thread(target=tell, daemon=True, name=phase)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def log(self, kind: str, step: int, metrics: dict[str, Any]) -> None:
         """Append one line to the artifact's metrics.jsonl: {"kind": "train"|"eval", "step", "seconds", ...}."""

@@ -205,7 +205,8 @@ class EngineState:
             setattr(self.engine, name, counters[0][name])
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)  # not at ZeRO-0
         if scaler is not None:
-            vars(scaler).update(counters[0]["loss_scale"])
+            known = vars(scaler)
+            known.update({k: v for k, v in counters[0]["loss_scale"].items() if k in known})
         self._spread()
 
     def _make_moments(self, steps: Mapping[str, float]) -> None:

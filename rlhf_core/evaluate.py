@@ -91,22 +91,20 @@ class Evaluator:
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
         """Sample, judge, compare, write; returns the manifest's metrics."""
-        checkpoints = Checkpointer(self.context, self.ranks, {}, self)
-        checkpoints.restore()
-        for name, load in self._loaders().items():
-            if name in self.rollouts:
-                continue
-            model = self.placed(load())
-            sampling_began = time.monotonic()
-            self.rollouts[name] = self.sample(name, model)
-            self.sampling_seconds += time.monotonic() - sampling_began
-            self.losses[name] = self.held_out_losses(name, model)
-            if name == "sft":
-                self.kl = {other: self.divergence(other, parts, model) for other, parts in self.rollouts.items()}
-            del model
-            gc.collect()  # an engine is a cycle of references, which would keep its weights
-            checkpoints.at(Position(step=len(self.rollouts)), always=True)
-        checkpoints.close()
+        with Checkpointer(self.context, self.ranks, {}, self) as self.checkpoints:
+            self.checkpoints.restore()
+            for name, load in self._loaders().items():
+                if name in self.rollouts:
+                    continue
+                done = Position(step=len(self.rollouts))
+                if self.checkpoints.unless_told(partial(self.measure, name, load)) is None:
+                    self.rollouts.pop(name, None)  # other ranks may have come to the end of it
+                    self.losses.pop(name, None)
+                    self.kl = {}
+                    self.checkpoints.at(done)
+                gc.collect()  # an engine is a cycle of references, which would keep its weights
+                self.checkpoints.at(Position(step=len(self.rollouts)), always=True)
+            self.checkpoints.close(Position(step=len(self.rollouts)))
         mine = self.judge(self.rollouts, self.kl)
         answers, token_losses = self._in_order(mine), self._in_order(self.losses)
         check_numbers(answers)
@@ -122,6 +120,20 @@ class Evaluator:
         if self.context.is_main:
             self.write(evaluation, answers, metrics | {"seconds": time.monotonic() - self.context.started})
         return metrics | {"seconds": time.monotonic() - self.context.started}
+
+    def measure(self, name: str, load: Callable[[], Any]) -> bool:
+        """Everything that one language model has to do; for SFT, the last, the KL of the others' answers as well."""
+        model = self.placed(load())
+        began = time.monotonic()
+        rollouts = self.sample(name, model)
+        seconds = time.monotonic() - began
+        losses = self.held_out_losses(name, model)
+        if name == "sft":
+            answers = {**self.rollouts, name: rollouts}
+            self.kl = {other: self.divergence(other, parts, model) for other, parts in answers.items()}
+        self.rollouts[name], self.losses[name] = rollouts, losses
+        self.sampling_seconds += seconds
+        return True
 
     def record(self) -> dict[str, Any]:
         """What this rank has measured of the models that are done, for a checkpoint."""
@@ -153,13 +165,17 @@ class Evaluator:
             if value is not None
         }
 
+    def accepts(self, record: dict[str, Any]) -> bool:
+        """Whether the batches are dealt as they were; else every model answers anew."""
+        if record["dealt"] != self._dealt():
+            self.context.say("checkpoint passed over: the prompts are dealt to other processes or batches now")
+            return False
+        return True
+
     def resume(
         self, position: Position, record: dict[str, Any], shared: dict[str, Tensor], own: Sequence[dict[str, Tensor]]
     ) -> None:
-        """Take up what `record` and `own` said, unless the batches are dealt otherwise now."""
-        if record["dealt"] != self._dealt():
-            self.context.say("the prompts are dealt to other processes or batches now: every model answers anew")
-            return
+        """Take up what `record` and `own` said."""
         self.sampling_seconds, self.kl = record["seconds"], record["kl"]
         rows = {n: {int(i): TokenLoss(*loss) for i, loss in found.items()} for n, found in record["losses"].items()}
         self.losses = rows
@@ -193,7 +209,11 @@ class Evaluator:
         return {"ppo": folder / "actor"} | ({"ppo_ema": averaged} if averaged.is_dir() else {})
 
     def _tell(self, phase: str) -> Callable[[int, int], None]:
-        return lambda done, total: self.context.progress(done, total, phase, unit="batch")
+        def tell(done: int, total: int) -> None:
+            self.context.progress(done, total, phase, unit="batch")
+            self.checkpoints.stop_if_told(alike=self.zero_init is not None)
+
+        return tell
 
     def sample(self, name: str, model: Any) -> list[Rollout]:
         """One answer to each prompt of this rank, a rollout a batch."""

@@ -3,10 +3,11 @@
 Kept are the roots and all they were made of: what aliases stand for, published artifacts within the policy, artifacts that a job
 builds, and unfinished ones that are young. All else of our layout may go; what is not of our layout is never touched. A record
 goes before what it lists, and what was made before what it was made of, so a kill at any moment leaves no record that lists what
-is not there; what it leaves of an artifact is an unfinished one, and goes as such. Right before each removal the store is looked
-at anew; what was promoted, published or begun until then is spared. A job, an alias or a copy that takes an artifact into use
-between that look and the removal of its manifest (milliseconds) finds it not published, and says so. Where a record cannot be
-read, what it needs is not known, and no artifact is removed until that is put right.
+is not there; what it leaves of an artifact is an unfinished one, and goes as such. Before each `BATCH` of removals the whole store
+is looked at anew, and right before each single one its artifact and all aliases; what was promoted, published or begun until then
+is spared. A job or a copy that takes an artifact into use for something new after the batch began (seconds), or an alias after
+the last look (milliseconds), finds it not published, and says so. Where a record cannot be read, what it needs is not known, and
+no artifact is removed until that is put right.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -16,18 +17,20 @@ from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from typing import Literal
 
+from rlhf_core.aliases import FOLDER as ALIASES
 from rlhf_core.artifacts import MANIFEST
-from rlhf_core.checkpoints import is_kept
+from rlhf_core.checkpoints import is_kept, marker_at
 from rlhf_core.errors import IntegrityError
-from rlhf_core.inventory import Found, View, as_time, look
-from rlhf_core.layout import ATTEMPT, CHECKPOINTS, is_marker, marker_at
+from rlhf_core.inventory import Found, View, as_time, look, look_again
+from rlhf_core.layout import ATTEMPT, CHECKPOINTS, artifacts_of, is_marker
 from rlhf_core.parallel import in_threads
 from rlhf_core.specs import STAGES
 from rlhf_core.store import Store
 
-Kind = Literal["artifact", "unfinished", "checkpoints", "files", "parts"]
-# Before that, parts without a marker may be of a checkpoint that is being written.
+Kind = Literal["artifact", "unfinished", "checkpoints", "files", "parts", "writes"]
+# Before that, parts without a marker may be of a checkpoint that is being written, and a write may be under way.
 IDLE = timedelta(days=1)
+BATCH = 50
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,10 @@ class Removal:
     """Something that may go.
 
     Attributes:
-        artifact: whose it is.
-        kind: artifact (published) and unfinished: all of it; else which part of an artifact that stays.
-        steps: keys, in the order in which they have to go; those of one step in any order.
+        artifact: whose it is, by id; or "aliases".
+        kind: artifact (published) and unfinished: all of it; else which part of an artifact that stays, or (writes) what
+            cut-off writes have left there.
+        steps: keys, in the order in which they have to go; those of one step in any order. For writes their names.
         bytes: of all of them.
     """
 
@@ -67,30 +71,31 @@ def plan(view: View, policy: Policy, now: datetime | None = None) -> list[Remova
     """What may go, in the order in which it has to."""
     now = now or datetime.now(UTC)
     kept = _reachable(view, _roots(view, policy, now))
-    removals: list[Removal] = []
-    for one in view.artifacts.values():
-        if one.running or (one.published and one.manifest is None):
-            continue
-        if one.id in kept:
-            removals += _leftovers(one) if one.published else []
-        elif not view.unreadable:
-            why = _why(one, policy)
-            removals.append(_removal(one, "artifact" if one.published else "unfinished", why, _all_of(one)))
+    removals = [removal for one in view.artifacts.values() for removal in _removals(view, one, kept, policy)]
     order: tuple[str, ...] = STAGES
     kinds = ("parts", "files", "checkpoints", "unfinished", "artifact")
     return sorted(removals, key=lambda r: (kinds.index(r.kind), -order.index(r.artifact.partition("/")[0]), r.artifact))
 
 
 def orphans(store: Store, view: View, policy: Policy, now: datetime | None = None) -> list[Removal]:
-    """Parts of unfinished artifacts that stay, which no marker lists, where nothing has happened for a day."""
+    """Parts in artifacts that stay, which no marker lists, where nothing has happened for a day; and confirmations of such."""
     now = now or datetime.now(UTC)
     kept = _reachable(view, _roots(view, policy, now))
-    idle = [
-        one
-        for one in view.artifacts.values()
-        if one.id in kept and not one.published and not one.running and one.touched and now - one.touched > IDLE
-    ]
+    idle = [one for one in view.artifacts.values() if _is_idle(one, kept, now)]
     return [removal for one in idle if (removal := _orphans(store, one))]
+
+
+def unfinished_writes(store: Store, view: View, older_than: timedelta = IDLE) -> list[Removal]:
+    """What writes that were cut off have left of artifacts and aliases, which no listing shows; not where a job runs."""
+    left = store.unfinished(older_than)
+    found = artifacts_of(left)
+    if names := {n.removeprefix(f"{ALIASES}/"): size for n, size in left.items() if n.startswith(f"{ALIASES}/")}:
+        found[ALIASES] = names
+    return [
+        _removal(Found(id, names), "writes", "of writes that were cut off", [sorted(names)])
+        for id, names in sorted(found.items())
+        if id not in view.artifacts or not view.artifacts[id].running
+    ]
 
 
 def collect(
@@ -112,19 +117,35 @@ def collect(
     Raises:
         StoreError: something could not be removed; what was not yet removed is whole.
     """
-    freed = 0
-    for planned in removals:
-        view = look(store)
-        now = orphans(store, view, policy) if planned.kind == "parts" else plan(view, policy)
-        fresh = next((r for r in now if (r.artifact, r.kind) == (planned.artifact, planned.kind)), None)
+    freed, view = 0, None
+    for number, planned in enumerate(removals):
+        if view is None or number % BATCH == 0:
+            view = look(store, before=view)
+        else:
+            look_again(store, view, planned.artifact)
+        fresh = _still(store, view, policy, planned)
         if fresh is None:
             on_spared(planned)
             continue
         for step in fresh.steps:
-            in_threads(lambda key: _delete(store, key), step)
+            in_threads(store.abort if fresh.kind == "writes" else lambda key: _delete(store, key), step)
         freed += fresh.bytes
         on_removed(fresh)
     return freed
+
+
+def _still(store: Store, view: View, policy: Policy, planned: Removal) -> Removal | None:
+    """What of a planned removal may go now."""
+    one = view.artifacts.get(planned.artifact)
+    if planned.kind == "writes":
+        return None if one and one.running else planned
+    if one is None:
+        return None
+    now = datetime.now(UTC)
+    kept = _reachable(view, _roots(view, policy, now))
+    if planned.kind == "parts":
+        return _orphans(store, one) if _is_idle(one, kept, now) else None
+    return next((r for r in _removals(view, one, kept, policy) if r.kind == planned.kind), None)
 
 
 def _delete(store: Store, key: str) -> None:
@@ -171,6 +192,24 @@ def _reachable(view: View, roots: Collection[str]) -> set[str]:
 
 
 # --- what goes -------------------------------------------------------------------------------------------------------
+
+
+def _removals(view: View, one: Found, kept: Collection[str], policy: Policy) -> list[Removal]:
+    """What of one artifact may go, by the records of the whole store."""
+    if one.running or (one.published and one.manifest is None):
+        return []
+    if one.id in kept:
+        return _leftovers(one) if one.published else []
+    if view.unreadable:
+        return []
+    return [_removal(one, "artifact" if one.published else "unfinished", _why(one, policy), _all_of(one))]
+
+
+def _is_idle(one: Found, kept: Collection[str], now: datetime) -> bool:
+    """Whether it is an artifact that stays, and nothing has happened to it for a day."""
+    if one.id not in kept or one.running:
+        return False
+    return one.touched is not None and now - one.touched > IDLE
 
 
 def _why(one: Found, policy: Policy) -> str:
@@ -220,20 +259,26 @@ def _leftovers(one: Found) -> list[Removal]:
 
 
 def _orphans(store: Store, one: Found) -> Removal | None:
-    """Parts of the attempts whose markers can all be read, and none of them lists it."""
+    """Parts of the attempts whose markers can all be read, and none of them lists it.
+
+    Of a published artifact these are the attempts with milestones; all others' parts are leftovers, listed or not.
+    """
     listed: set[str] = set()
     unclear: set[str] = set()
+    milestones: set[str] = set()
     for path in filter(is_marker, one.paths):
+        attempt = path.split("/")[1]
+        milestones |= {attempt} if is_kept(path) else set()
         try:
             marker = marker_at(store, f"{one.id}/{path}")
             listed |= {marker.part_key(part).removeprefix(f"{one.id}/") for part in marker.parts}
         except (KeyError, IntegrityError):
-            unclear.add(path.split("/")[1])
+            unclear.add(attempt)
     lost = [
         path
         for path in one.paths
-        if (match := CHECKPOINTS.fullmatch(path)) and match[2].startswith("parts/") and path not in listed
-        if match[1] not in unclear
+        if (match := CHECKPOINTS.fullmatch(path)) and match[2].startswith(("parts/", "confirmed/"))
+        if path not in listed and match[1] not in unclear and (match[1] in milestones or not one.published)
     ]
     return _removal(one, "parts", "no checkpoint lists them", [lost]) if lost else None
 

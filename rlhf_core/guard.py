@@ -25,6 +25,7 @@ LINGER_SECONDS = 3.0  # for what ends a moment after its parent, e.g. multiproce
 KILL_SECONDS = 5.0  # only a process in uninterruptible sleep survives SIGKILL for so long
 POLL_SECONDS = 0.5
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+TOLD = "told"  # this file in the scratch folder says that the ranks are told to end by their guard
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -214,6 +215,9 @@ class Guard:
         A launcher that is told would itself end ranks that are saving, and its code would not be theirs.
         """
         until = time.monotonic() + self.grace
+        if self.folder:  # so that ranks know this SIGTERM from that of a launcher which has lost one of them
+            with suppress(OSError), open(os.path.join(scratch(self.folder), TOLD), "w"):
+                pass
         asked = self.ranks()
         for pid in asked:
             send(pid, signal.SIGTERM)

@@ -29,7 +29,7 @@ from rlhf_core import guard
 from rlhf_core.errors import ConfigError, ExitCode, IntegrityError, JobFailed
 from rlhf_core.job import JobResult, JobSpec, job_url
 from rlhf_core.joblog import JobLog
-from rlhf_core.lease import Lease
+from rlhf_core.lease import Lease, superseded
 from rlhf_core.sealed import unseal
 from rlhf_core.store import Store
 
@@ -326,10 +326,9 @@ def failure(job: JobSpec, code: int, reason: str, log: JobLog, place: str) -> Jo
     said = [line.removeprefix("error: ") for line in log.tail if line.startswith("error: ")]
     if code in (ExitCode.CONFIG, ExitCode.DATA) and said:
         return JobFailed(said[-1], code=code, reason=reason)
-    parts = [f"{job.output.id}, attempt {job.attempt}: {reason}"]
     if reason == "superseded":
-        parts[0] += ": another run has taken over, as this one was not seen"
-        return JobFailed(parts[0], code=ExitCode.PREEMPTED, reason=reason)
+        return superseded(job)
+    parts = [f"{job.output.id}, attempt {job.attempt}: {reason}"]
     if said:
         parts[0] += f": {said[-1]}"
     if code == -signal.SIGKILL:

@@ -7,11 +7,8 @@
 import re
 from collections.abc import Mapping
 
-from rlhf_core.checkpoints import NAME, SCHEMA, Checkpoint
-from rlhf_core.errors import IntegrityError
-from rlhf_core.sealed import unseal
+from rlhf_core.checkpoints import NAME
 from rlhf_core.specs import STAGES
-from rlhf_core.store import Store
 
 ID = re.compile(rf"((?:{'|'.join(STAGES)})/[a-z0-9][a-z0-9._-]*-[0-9a-f]{{12}})/(.+)")
 ATTEMPT = re.compile(r"attempts/(\d{4,})/(.+)")
@@ -31,11 +28,3 @@ def is_marker(path: str) -> bool:
     """Whether a path within an artifact's folder is that of a checkpoint's marker."""
     match = CHECKPOINTS.fullmatch(path)
     return bool(match and NAME.fullmatch(match[2]))
-
-
-def marker_at(store: Store, key: str) -> Checkpoint:
-    """The checkpoint of a marker, known by its key alone. IntegrityError: damaged, or not where it belongs."""
-    found = unseal(Checkpoint, store.read(key), f"{store.url}/{key}", SCHEMA)
-    if found.key != key:
-        raise IntegrityError(f"{store.url}/{key}: is the marker of {found.key}")
-    return found

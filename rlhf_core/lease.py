@@ -10,8 +10,10 @@ no file and publishing is create-only, that moment costs time, not a result. Not
 
 import os
 import platform
+import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,6 +87,15 @@ class Busy(JobFailed):
         h = self.holder
         far = f", {h.phase} {h.step}/{h.total}" if h.step is not None else ""
         return f"host {h.host}, pid {h.pid}, attempt {self.attempt}{far}, since {h.began}"
+
+
+def superseded(job: JobSpec) -> JobFailed:
+    """The failure of an attempt that has lost its lease."""
+    return JobFailed(
+        f"{job.output.id}, attempt {job.attempt}: superseded: another run has taken over, as this one was not seen",
+        code=ExitCode.PREEMPTED,
+        reason="superseded",
+    )
 
 
 def acquire(store: Store, job: JobSpec) -> "Lease":
@@ -162,6 +173,7 @@ class Lease:
         self._beat = 0
         self._event: dict[str, Any] = {}
         self._ended = ""
+        self._told = False
         self._lost = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat_until_stopped, daemon=True, name=f"lease of {job.output.id}")
@@ -178,6 +190,11 @@ class Lease:
             self._store.read(f"{after.folder}/job.json")
             self._lost.set()
         return self.lost
+
+    def insist(self) -> None:
+        """Look as `check` does; JobFailed, reason "superseded", if another run has taken over."""
+        if self.check():
+            raise superseded(self.job)
 
     def note(self, event: dict[str, Any]) -> None:
         """Take an event of the job, so that the heartbeat tells how far it is."""
@@ -197,15 +214,27 @@ class Lease:
 
     def _beat_until_stopped(self) -> None:
         while not self.lost:
-            # First whether somebody took over: after a suspension or an outage that is likely.
-            if not self.check():
-                with suppress(StoreError):  # tried again at the next beat
-                    self._say(None)
+            self._try(self._look_and_say)
             if self._stop.wait(BEAT_SECONDS):
                 break
         self._stop.wait()
-        with suppress(StoreError):
-            self._say(self._ended)
+        self._try(lambda: self._say(self._ended))
+
+    def _try(self, act: Callable[[], None]) -> None:
+        """Nothing may end this thread: a holder that falls silent is taken for dead. The next beat tries again."""
+        try:
+            act()
+        except StoreError:
+            pass  # an outage, which others see as well
+        except Exception as error:
+            if not self._told:
+                self._told = True
+                print(f"{self._thread.name}: {type(error).__name__}: {error}; going on", file=sys.stderr, flush=True)
+
+    def _look_and_say(self) -> None:
+        # First whether somebody took over: after a suspension or an outage that is likely.
+        if not self.check():
+            self._say(None)
 
     def _say(self, ended: str | None) -> None:
         host, boot_id, namespace = _here()

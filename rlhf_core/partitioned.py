@@ -28,6 +28,7 @@ from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 from transformers.utils.hub import cached_file
 
+from rlhf_core.entries import inside
 from rlhf_core.errors import ConfigError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -84,13 +85,24 @@ def weight_files(place: str, revision: str | None = None) -> list[Path] | None:
     """The safetensors files of a model in a folder or on the hub; None where it has none."""
     found = _file(place, INDEX, revision)
     if found is not None:
-        shards = sorted(set(json.loads(found.read_text())["weight_map"].values()))
-        files = [_file(place, shard, revision) for shard in shards]
+        names = shards(found, f"{place}: {INDEX}")
+        files = [_file(place, name, revision) for name in names]
         if None in files:
-            raise ConfigError(f"{place}: {INDEX} names {shards[files.index(None)]}, which is not there")
+            raise ConfigError(f"{place}: {INDEX} names {names[files.index(None)]}, which is not there")
         return [f for f in files if f]
     single = _file(place, SINGLE, revision)
     return [single] if single else None
+
+
+def shards(index: Path, where: str) -> list[str]:
+    """The files that an index names; ConfigError for one that is not in the index's own folder or below it."""
+    named = json.loads(index.read_text())["weight_map"]
+    for weight, file in named.items():
+        try:
+            inside(str(file))
+        except ValueError as error:
+            raise ConfigError(f"{where} says {weight!r} is in a file outside the model's folder: {error}") from None
+    return sorted({str(file) for file in named.values()})
 
 
 def _file(place: str, name: str, revision: str | None) -> Path | None:

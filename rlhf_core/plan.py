@@ -6,7 +6,7 @@ outside inputs, and upstream ids; so the whole plan is known before anything run
 
 from typing import Any
 
-from rlhf_core.artifacts import ArtifactRef, Manifest, list_manifests, make_ref, read_manifest
+from rlhf_core.artifacts import ArtifactRef, Manifest, list_manifests, make_ref, read_manifest, retired_before
 from rlhf_core.canonical import differences
 from rlhf_core.checkpoints import newest
 from rlhf_core.config import PipelineConfig
@@ -89,12 +89,12 @@ def plan_stage(
     ref = refs[stage]
     identity = stage_identity(config, stage)
     inputs: dict[str, ArtifactRef] = {name: refs[name] for name in stage_inputs(config, stage)}
-    manifest = read_manifest(store, ref)
+    manifest, since = read_manifest(store, ref), retired_before(store, ref)
     if force:
         action, why = "build", "forced"
-    elif manifest is not None:
+    elif manifest is not None and manifest.attempt >= since:
         action, why = "reuse", f"made {manifest.created}"
-    elif checkpoint := newest(store, ref):
+    elif checkpoint := newest(store, ref, since=since):
         action, why = "resume", f"from {checkpoint}"
     else:
         action, why = "build", _why(store, stage, identity, inputs)

@@ -9,7 +9,7 @@ snapshots of it on the way. Pretraining text for the mixture loss is a stream of
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,12 +17,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from rlhf_core import preemption
 from rlhf_core.batches import Row, open_rows, step_rows
-from rlhf_core.checkpointing import Checkpointer, GivenUp
+from rlhf_core.checkpointing import Checkpointer
 from rlhf_core.checkpoints import Position
 from rlhf_core.context import JobContext
-from rlhf_core.distributed import any_rank
 from rlhf_core.errors import IntegrityError
 from rlhf_core.experience import Experience, deal_experience
 from rlhf_core.lora import trained
@@ -40,7 +38,7 @@ class PPOStage:
     """Owns the loop of one PPO stage on this rank.
 
     Attributes:
-        tokens, seconds: sampled and read, and spent in rollouts and in updates so far, before a resume too.
+        tokens, seconds: sampled and read, and spent in finished rollouts and their updates so far, before a resume too.
         history: what the stage's metrics are made of, for every rollout.
     """
 
@@ -65,7 +63,9 @@ class PPOStage:
         self.shown: dict[str, float] = {}
         self.tokens = 0.0
         self.history: list[dict[str, float]] = []
-        self.seconds = {"rollout": 0.0, "update": 0.0}
+        self.seconds = 0.0
+        self._times = {"seconds_rollout": 0.0, "seconds_update": 0.0}
+        self._count: Callable[[], None] = lambda: None
         self._answers: Experience | None = None
         self._experience: Experience | None = None
         self.texts = self._pretraining_rows() if self.spec.ptx else None
@@ -81,7 +81,24 @@ class PPOStage:
         engines = {"actor": (self.engine.actor, average)}
         if self.engine.critic is not None:
             engines["critic"] = (self.engine.critic, None)
-        self.checkpoints = Checkpointer(self.context, self.engine.ranks, engines, self)
+        with Checkpointer(self.context, self.engine.ranks, engines, self) as self.checkpoints:
+            self.train()
+        self.save()
+        self.checkpoints.finish()
+        last = self.history[-max(1, len(self.history) // 10) :]
+        return {
+            "steps": self.spec.steps,
+            "parameters_trained": self.trained,
+            "tokens": int(self.tokens),
+            "tokens_per_second": self.tokens / self.seconds,
+            "score_first": self.history[0]["score"],
+            **{f"{name}_last": sum(m[name] for m in last) / len(last) for name in HISTORY},
+            **self.checkpoints.metrics(),
+        }
+
+    def train(self) -> None:
+        """Resume, and take all rollouts that are left."""
+        self.trainer.give_up = self._stop_if_told
         position = self.checkpoints.restore() or Position(step=0, phase="rollout")
         for step in range(position.step, self.spec.steps):
             self.trainer.on_life = partial(self._tell, step)
@@ -94,18 +111,7 @@ class PPOStage:
             self._tell(step + 1)
             self._snapshot(step + 1)
             self.checkpoints.at(Position(step=step + 1, phase="rollout"), last=step + 1 == self.spec.steps)
-        self.checkpoints.close()
-        self.save()
-        last = self.history[-max(1, len(self.history) // 10) :]
-        return {
-            "steps": self.spec.steps,
-            "parameters_trained": self.trained,
-            "tokens": int(self.tokens),
-            "tokens_per_second": self.tokens / sum(self.seconds.values()),
-            "score_first": self.history[0]["score"],
-            **{f"{name}_last": sum(m[name] for m in last) / len(last) for name in HISTORY},
-            **self.checkpoints.metrics(),
-        }
+        self.checkpoints.close(Position(step=self.spec.steps, phase="rollout"))
 
     def _tell(self, step: int) -> None:
         """Progress; the same again and again within a rollout, as a sign of life."""
@@ -113,7 +119,6 @@ class PPOStage:
 
     def step(self, step: int) -> dict[str, float]:
         """One rollout and the updates on it; what a checkpoint has of it is not done again."""
-        before = dict(self.seconds)
         if self._experience is None:
             if self._answers is None:
                 self._answers = self._sample(step)
@@ -127,11 +132,13 @@ class PPOStage:
         if step % max(1, self.spec.steps // 10) == 0:
             self._log_answers(step, self._experience)
         self._experience = None
-        return {**self.trainer.metrics, **{f"seconds_{k}": v - before[k] for k, v in self.seconds.items()}}
+        times, self._times = self._times, dict.fromkeys(self._times, 0.0)
+        self.seconds += sum(times.values())
+        return {**self.trainer.metrics, **times}
 
     def _sample(self, step: int) -> Experience:
         with self._clock("rollout"):
-            found = self._unless_told_to_end(lambda: self.trainer.sample(self.prompts(step)))
+            found = self.checkpoints.unless_told(lambda: self.trainer.sample(self.prompts(step)))
         if found is None:
             self.checkpoints.at(Position(step=step, phase="rollout"))
         assert found is not None, "the job was told to end, and has"
@@ -139,37 +146,43 @@ class PPOStage:
 
     def _score(self, step: int, answers: Experience) -> Experience:
         with self._clock("rollout"):
-            found = self._unless_told_to_end(lambda: self.trainer.score(answers))
+            found = self.checkpoints.unless_told(lambda: self.trainer.score(answers))
         if found is None:
             self.checkpoints.at(Position(step=step, phase="score"))
         assert found is not None, "the job was told to end, and has"
         self.trainer.measure(found)
         return found
 
-    def _unless_told_to_end(self, make: Callable[[], Experience]) -> Experience | None:
-        """What `make` makes; None on all ranks if one has given it up, because a machine's last seconds are too few for it."""
-        whole = all(int(e.zero_optimization_stage()) < 3 for e in self.engine.models.values())
-        self.trainer.give_up = _give_up if whole else None  # at ZeRO-3 every forward pass is collective
-        found = None
-        with suppress(GivenUp):
-            found = make()
-        return None if any_rank(found is None) else found
+    def _stop_if_told(self) -> None:
+        alike = any(int(engine.zero_optimization_stage()) == 3 for engine in self.engine.models.values())
+        self.checkpoints.stop_if_told(alike, every=16)
 
     def _updated(self, step: int) -> None:
         self.checkpoints.at(Position(step=step, phase="update", update=self.trainer.updates))
 
     @contextmanager
     def _clock(self, part: str) -> Iterator[None]:
-        """Count the seconds of a `with` block, but those that checkpoints take, to a part of the rollout."""
+        """Count the seconds of a `with` block, but those that checkpoints take, to a part of the rollout under way."""
+        before = self._times[f"seconds_{part}"]
         began, waited = time.monotonic(), self.checkpoints.seconds
+
+        def count() -> None:
+            spent = time.monotonic() - began - (self.checkpoints.seconds - waited)
+            self._times[f"seconds_{part}"] = before + spent
+
+        self._count = count
         yield
-        self.seconds[part] += time.monotonic() - began - (self.checkpoints.seconds - waited)
+        count()
 
     def record(self) -> dict[str, Any]:
         """Counters, for a checkpoint."""
+        self._count()
         own = {"tokens": self.tokens, "seconds": self.seconds, "history": self.history, "shown": self.shown}
-        own["world"] = self.engine.ranks.world
-        return {**own, "trainer": self.trainer.record()}
+        return {**own, "times": self._times, "world": self.engine.ranks.world, "trainer": self.trainer.record()}
+
+    def accepts(self, record: dict[str, Any]) -> bool:
+        """Any state of this stage can be taken up."""
+        return True
 
     def shared(self) -> dict[str, Tensor]:
         """Nothing: what ranks hold alike is in the engines."""
@@ -186,7 +199,7 @@ class PPOStage:
         """Take up what `record` and `own` said."""
         self.trainer.resume(record["trainer"])
         self.tokens, self.history, self.shown = record["tokens"], record["history"], record["shown"]
-        self.seconds = record["seconds"]
+        self.seconds, self._times = record["seconds"], record["times"]
         if position.phase == "rollout":
             return
         ranks, parts = self.engine.ranks, [Experience(**tensors) for tensors in own]  # pyright: ignore
@@ -243,11 +256,6 @@ class PPOStage:
                     "score": round(float(one.scores[0]), 4),
                 }
                 file.write(json.dumps(text) + "\n")
-
-
-def _give_up() -> None:
-    if preemption.requested():
-        raise GivenUp
 
 
 def run(context: JobContext) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from rlhf_core.answer_scorer import AnswerScorer
 from rlhf_core.batches import Row, deal
 from rlhf_core.distributed import sum_over_ranks
 from rlhf_core.engine import check_finite, grad_norm, set_lr
-from rlhf_core.errors import ConfigError, DataError, NonFiniteError
+from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.experience import Experience, gather_experience
 from rlhf_core.models import check_positions
 from rlhf_core.ppo_args import PPOArgs, ppo_args
@@ -225,7 +225,7 @@ class DeepSpeedPPOTrainer:
             rows = ptx(self.optimizer_step) if ptx and self.spec.ptx and actor_on else []
             try:
                 stats = self._update(everything, advantages, returns, chosen, actor_on, rows)
-            except NonFiniteError:
+            except BaseException:
                 self._forget_updates()
                 raise
             if not self.updates:

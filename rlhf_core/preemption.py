@@ -1,44 +1,54 @@
 """The rank's side of being told to end: a flag instead of a sudden death, so that the stage can save where it is.
 
 Before `install` SIGTERM ends a rank at once; between `install` and `uninstall` it only sets what `requested` returns, and the
-checkpointer looks there at every point from which the stage can be resumed. On the first rank of each node a thread also watches
-the notice that a cloud gives before it takes a machine away: a file, or a URL of the metadata service. Which ranks were told is
-theirs to agree on (`checkpointing`); what ends those that take too long is the guard. Neither torch nor any other rank here.
+checkpointer looks there at every point from which the stage can be resumed. A thread also watches the notice that a cloud gives
+before it takes a machine away: a file, or a URL of the metadata service. Under a guard, SIGTERM that does not come from it comes
+from the launcher, because another rank has died: there is nothing to wait for then, and the rank ends at once, wherever it is.
+Which ranks were told is theirs to agree on (`checkpointing`); what ends those that take too long is the guard. No torch here.
 """
 
 import os
 import signal
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
+from rlhf_core.guard import TOLD
+
 FILE_SECONDS = 1.0  # between looks at a file
 URL_SECONDS = 5.0  # between questions; clouds give 30 s (Google) to 120 s (Amazon)
 TIMEOUT_SECONDS = 3.0
+GUARD_SECONDS = 1.0  # who signals everything at once may reach a rank before the guard has left it
 NOT_YET = ("FALSE", "NONE", "")  # what Google's metadata service answers while nothing is planned
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _reason: str | None = None
 _before: dict[int, Any] = {}  # what the signals did before `install`
+_listening = False
 _watch: threading.Event | None = None  # set: the thread that watches the notice is to end
 
 
 def install(notice: str | None = None) -> None:
-    """From now on SIGTERM and SIGINT, or the notice, only set what `requested` returns. In the main thread.
+    """From now on SIGTERM and SIGINT, or the notice, only set what `requested` returns; nothing in another than the main thread.
 
     Args:
         notice: a file that appears, or an http(s) URL that answers 200, when this machine is about to be taken away.
     """
     global _watch
+    if threading.current_thread() is not threading.main_thread():
+        return  # of a library's user: signals are his business
     for signo in SIGNALS:
         before = signal.signal(signo, _told)
         if before is not _told:
             _before[signo] = before
-    if notice and _watch is None and os.environ.get("LOCAL_RANK", "0") == "0":
+    _listen()
+    if notice and _watch is None:
         _watch = threading.Event()
         threading.Thread(target=_watch_notice, args=(notice, _watch), daemon=True, name="notice").start()
 
@@ -69,6 +79,34 @@ def _set(reason: str) -> None:
     _reason = _reason or reason  # told twice is told once: the launcher passes on what the guard has sent already
 
 
+def _listen() -> None:
+    """Notice SIGTERM also while the main thread is inside a call that never returns, as a collective without one rank."""
+    global _listening
+    guard, folder = os.environ.get("RLHF_GUARD_PID"), os.environ.get("RLHF_SCRATCH")
+    if _listening or not (guard and folder):
+        return
+    _listening = True
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while number := os.read(reading, 1):
+            if number[0] == signal.SIGTERM and not _appears(Path(folder, TOLD), GUARD_SECONDS):
+                os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=listen, daemon=True, name="signals").start()
+
+
+def _appears(file: Path, seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while not file.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
 # --- the notice ------------------------------------------------------------------------------------------------------
 
 
@@ -78,7 +116,7 @@ def _watch_notice(notice: str, over: threading.Event) -> None:
     while not over.wait(URL_SECONDS if remote else FILE_SECONDS):
         try:
             given = answers(notice) if remote else Path(notice.removeprefix("file://")).exists()
-        except OSError as error:  # also urllib's
+        except (OSError, HTTPException) as error:
             if not troubled:
                 print(f"the notice {notice} cannot be asked for: {error}; asking on", file=sys.stderr, flush=True)
             troubled = True

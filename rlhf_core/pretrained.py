@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from rlhf_core.errors import ConfigError
-from rlhf_core.partitioned import build, divide, fill_rows, read, renaming, weight_files
+from rlhf_core.partitioned import INDEX, build, divide, fill_rows, read, renaming, shards, weight_files
 from rlhf_core.sources import resolve_model
 
 # Said to all that loads: left open, transformers asks on a terminal whether to run the code that a model brings.
@@ -74,6 +74,8 @@ def load_causal_lm(
         config = None
     else:
         config = model_config(place, revision, whose)
+        if (index := Path(place) / INDEX).is_file():
+            shards(index, str(index))  # also where transformers reads it, which goes wherever it leads
         if dropout is not None:
             set_dropout(config, dropout)
     if quantize:

@@ -8,14 +8,15 @@ they are never kept here and never in a message. May be used from many threads.
 """
 
 import hashlib
-import os
 import shutil
-import uuid
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rlhf_core import store_local
 from rlhf_core.credentials import refuse_credentials, scrub
 from rlhf_core.errors import AlreadyExists, ConfigError, StoreError
 from rlhf_core.patience import Patience, patience_seconds
@@ -144,7 +145,7 @@ class Store:
         """Write an object whole. With `create`, AlreadyExists if the key is taken."""
         path = self._path(key)
         if self.scheme == "file":
-            self._call("write", key, lambda: self._write_local(Path(path), lambda tmp: tmp.write_bytes(data), create))
+            self._call("write", key, lambda: store_local.write(Path(path), lambda tmp: tmp.write_bytes(data), create))
         elif self.scheme == "s3":
             self._call("write", key, lambda: self._s3.write(path, data, create))
         else:
@@ -154,7 +155,7 @@ class Store:
         """Store a local file under `key`, in parallel parts where the store has them."""
         path = self._path(key)
         if self.scheme == "file":
-            self._call("upload", key, lambda: self._write_local(Path(path), lambda tmp: shutil.copyfile(local, tmp)))
+            self._call("upload", key, lambda: store_local.write(Path(path), lambda tmp: shutil.copyfile(local, tmp)))
         elif self.scheme == "s3":
             self._call("upload", key, lambda: self._s3.upload(local, path))
         else:
@@ -172,24 +173,23 @@ class Store:
             else:
                 self._fs.get_file(path, str(tmp))
 
-        self._call("download", key, lambda: self._write_local(local, fetch))
+        self._call("download", key, lambda: store_local.write(local, fetch))
 
     def list(self, prefix: str) -> dict[str, int]:
         """Keys under the folder `prefix` ("" for all) with their sizes in bytes; empty if there are none."""
         base = self._path(prefix) if prefix else self.root
 
         def find() -> dict[str, int]:
-            if self.scheme == "s3":
-                start = len(self._folder)
-                found = self._s3.list(f"{base}/" if prefix else self._folder)
-            elif self.scheme == "file" and not Path(base).exists():
-                return {}
+            if self.scheme == "file":
+                found = store_local.sizes(Path(base), Path(self.root))
+            elif self.scheme == "s3":
+                listed = self._s3.list(f"{base}/" if prefix else self._folder)
+                found = {key[len(self._folder) :]: size for key, size in listed.items() if not key.endswith("/")}
             else:
                 start = len(self._fs._strip_protocol(self.root)) + 1
                 details = self._fs.find(base, detail=True)
-                found = {path: int(info["size"] or 0) for path, info in details.items()}
-            names = {path[start:]: size for path, size in found.items() if not path.endswith("/")}
-            return {k: v for k, v in sorted(names.items()) if not k.rsplit("/", 1)[-1].startswith(".tmp-")}
+                found = {path[start:]: int(info["size"] or 0) for path, info in details.items()}
+            return dict(sorted(found.items()))
 
         return self._call("list", prefix, find)
 
@@ -203,20 +203,30 @@ class Store:
         elif self._fs.exists(path):
             self._call("delete", key, lambda: self._fs.rm_file(path))
 
-    @staticmethod
-    def _write_local(path: Path, fill: Callable[[Path], Any], create: bool = False) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.parent / f".tmp-{uuid.uuid4().hex}"
-        try:
-            fill(tmp)
-            if create:
-                os.link(tmp, path)  # fails if the name is taken; the content is whole already
-            else:
-                os.replace(tmp, path)
-        except FileExistsError:
-            raise AlreadyExists(str(path)) from None
-        finally:
-            tmp.unlink(missing_ok=True)
+    def unfinished(self, older_than: timedelta) -> dict[str, int]:
+        """What writes that were cut off at least so long ago have left, with its bytes; no listing shows it.
+
+        Returns:
+            By name: the key that was being written, or the name of a file beside it; on S3 with the number of the upload.
+        """
+        if self.scheme == "file":
+            before = time.time() - older_than.total_seconds()
+            found = self._call("list", "", lambda: store_local.unfinished(Path(self.root), before))
+            return dict(sorted(found.items()))
+        if self.scheme == "s3":
+            start = len(self._folder)
+            found = self._call("list", "", lambda: self._s3.unfinished(self._folder, older_than))
+            return {name[start:]: size for name, size in sorted(found.items())}
+        return {}
+
+    def abort(self, name: str) -> None:
+        """Remove what a write has left, by its name in `unfinished`, if it is there."""
+        path = self._path(name)
+        if self.scheme == "s3":
+            self._call("abort", name, lambda: self._s3.abort(path))
+        elif self.scheme == "file":
+            assert Path(path).name.startswith(store_local.UNFINISHED), f"{name} is no unfinished write"
+            self._call("abort", name, lambda: Path(path).unlink(missing_ok=True))
 
     def _write_memory(self, path: str, data: bytes, create: bool) -> None:
         if create and self._fs.exists(path):

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rlhf_core.s3_upload import RESTARTS, Upload
 
 RANGE_BYTES = 8 << 20
 RANGES_AT_ONCE = 16
+UPLOAD = "?uploadId="  # between key and id in the name of an unfinished upload
 Begin = Callable[[], Callable[[bytes], Any]]
 
 
@@ -96,6 +98,51 @@ class S3Objects:
     def list(self, prefix: str) -> dict[str, int]:
         """Sizes of all objects whose keys begin so, in bytes."""
         return self.client.run(self._list(prefix))
+
+    def unfinished(self, prefix: str, older_than: timedelta) -> dict[str, int]:
+        """Uploads in parts that were begun so long ago and have not ended: bytes stored so far, by key and upload id."""
+        return self.client.run(self._unfinished(prefix, datetime.now(UTC) - older_than))
+
+    def abort(self, name: str) -> None:
+        """Remove an upload's parts, by its name in `unfinished`, if the server knows it."""
+        key, _, upload = name.rpartition(UPLOAD)
+        self.client.run(self._abort(key, upload))
+
+    async def _abort(self, key: str, upload: str) -> None:
+        try:
+            await self.client.ask(f"abort {key}", "abort_multipart_upload", Key=key, UploadId=upload)
+        except Exception as error:
+            if code_of(error) != "NoSuchUpload":
+                raise
+
+    async def _unfinished(self, prefix: str, before: datetime) -> dict[str, int]:
+        found: dict[str, int] = {}
+        more: dict[str, Any] = {}
+        while True:
+            page = await self.client.ask("list uploads", "list_multipart_uploads", Prefix=prefix, **more)
+            for entry in page.get("Uploads", []):
+                if entry["Key"].startswith(prefix) and entry["Initiated"] <= before:
+                    found[f"{entry['Key']}{UPLOAD}{entry['UploadId']}"] = await self._stored(
+                        entry["Key"], entry["UploadId"]
+                    )
+            if not page.get("IsTruncated"):
+                return found
+            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    async def _stored(self, key: str, upload: str) -> int:
+        """Bytes of an upload's parts; 0 if it has ended meanwhile."""
+        size, more = 0, dict[str, Any]()
+        while True:
+            try:
+                page = await self.client.ask(f"list {key}", "list_parts", Key=key, UploadId=upload, **more)
+            except Exception as error:
+                if code_of(error) != "NoSuchUpload":
+                    raise
+                return 0
+            size += sum(part["Size"] for part in page.get("Parts", []))
+            if not page.get("IsTruncated"):
+                return size
+            more = {"PartNumberMarker": page["NextPartNumberMarker"]}
 
     async def _list(self, prefix: str) -> dict[str, int]:
         found: dict[str, int] = {}

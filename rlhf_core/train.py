@@ -104,8 +104,9 @@ def upload_result(context: JobContext, metrics: dict[str, Any]) -> None:
     job, store = context.job, context.store
     add_cards(context, metrics)
     files = describe(context.out)
-    for entry in files:
-        store.upload(context.out / entry.path, f"{job.folder}/files/{entry.path}")
+    with context.transferring("upload"):
+        for entry in files:
+            store.upload(context.out / entry.path, f"{job.folder}/files/{entry.path}")
     result = JobResult(
         job_id=job.job_id,
         folder=f"{job.attempt_folder}/files",

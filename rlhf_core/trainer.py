@@ -77,7 +77,25 @@ class Trainer(ABC, Generic[S]):
 
     def run(self) -> dict[str, Any]:
         """Resume if there is a checkpoint, train, evaluate, save; returns the stage's metrics."""
-        self.checkpoints = Checkpointer(self.context, self.ranks, {"model": (self.engine, None)}, self)
+        with Checkpointer(self.context, self.ranks, {"model": (self.engine, None)}, self) as self.checkpoints:
+            self.train()
+        evaluation = self.evaluate(self.steps)
+        saved = self.save()
+        self.checkpoints.finish()
+        return {
+            "steps": self.steps,
+            "parameters": self.parameters,
+            "parameters_trained": self.trained,
+            "tokens": int(self.tokens),
+            "tokens_per_second": self.tokens / self.seconds,
+            "loss_last": self.metrics["loss"],
+            **self.checkpoints.metrics(),
+            **saved,
+            **{f"eval_{name}": value for name, value in evaluation.items()},
+        }
+
+    def train(self) -> None:
+        """Resume, and take all steps that are left."""
         position = self.checkpoints.restore()
         self.prepare()
         if position is None and self.evaluate_first:
@@ -92,19 +110,7 @@ class Trainer(ABC, Generic[S]):
                 self.evaluate(step + 1)
             self.seconds = time.monotonic() - began
             self.checkpoints.at(Position(step=step + 1), last=step + 1 == self.steps)
-        self.checkpoints.close()
-        evaluation = self.evaluate(self.steps)
-        return {
-            "steps": self.steps,
-            "parameters": self.parameters,
-            "parameters_trained": self.trained,
-            "tokens": int(self.tokens),
-            "tokens_per_second": self.tokens / self.seconds,
-            "loss_last": self.metrics["loss"],
-            **self.checkpoints.metrics(),
-            **self.save(),
-            **{f"eval_{name}": value for name, value in evaluation.items()},
-        }
+        self.checkpoints.close(Position(step=self.steps))
 
     def prepare(self) -> None:
         """What comes before the first step, on a resumed stage too."""
@@ -120,6 +126,10 @@ class Trainer(ABC, Generic[S]):
     def own(self) -> dict[str, Tensor]:
         """Tensors beside the engine that each rank has for itself."""
         return {}
+
+    def accepts(self, record: dict[str, Any]) -> bool:
+        """Any state of this stage can be taken up."""
+        return True
 
     def resume(
         self, position: Position, record: dict[str, Any], shared: dict[str, Tensor], own: Sequence[dict[str, Tensor]]

@@ -12,9 +12,9 @@ from typing import Any
 
 from rlhf_core import aliases
 from rlhf_core.artifacts import MANIFEST, Manifest, manifest_at, parse_manifest
-from rlhf_core.checkpoints import Checkpoint
+from rlhf_core.checkpoints import Checkpoint, marker_at
 from rlhf_core.errors import IntegrityError
-from rlhf_core.layout import ATTEMPT, artifacts_of, is_marker, marker_at
+from rlhf_core.layout import ATTEMPT, artifacts_of, is_marker
 from rlhf_core.parallel import in_threads
 from rlhf_core.sealed import parse
 from rlhf_core.store import Store

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,13 +26,13 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from rlhf_core import checkpoints
-from rlhf_core.artifacts import MANIFEST, ArtifactRef, Manifest, publish, read_manifest, verify
+from rlhf_core.artifacts import MANIFEST, ArtifactRef, Manifest, publish, read_manifest, retired_before, verify
 from rlhf_core.config import PipelineConfig
 from rlhf_core.credentials import scrub
 from rlhf_core.errors import IntegrityError, JobFailed, StoreError, is_transient
 from rlhf_core.job import JobResult, JobSpec
 from rlhf_core.launch import end_leftovers, run_job
-from rlhf_core.lease import Busy, free_number, take
+from rlhf_core.lease import Busy, Lease, free_number, take
 from rlhf_core.plan import StagePlan
 from rlhf_core.sealed import unseal
 from rlhf_core.specs import StageName
@@ -118,7 +117,7 @@ def _build(
         # The last holder may have finished by now; should anybody else come between, the number is taken.
         if manifest := find(store, planned.ref):
             return Stage(manifest, "reused")
-        if manifest := publish_finished(store, planned, provenance):
+        if manifest := publish_finished(store, planned, provenance, number):
             return Stage(manifest, "published")
     since = number if _is_due(store, planned, force) else retired_before(store, planned.ref)
     with take(store, job_of(store, config, planned, since), number) as lease:
@@ -126,9 +125,22 @@ def _build(
         if force:
             retire(store, planned.ref, force, number)
         result = run_job(store, lease, on_event=on_event)
-        manifest = publish(store, _manifest(planned, result, provenance))
+        manifest = _publish(store, lease, _manifest(planned, result, provenance))
         checkpoints.clear(store, planned.ref)
     return Stage(manifest, "resumed" if result.provenance.get("resumed") else "built")
+
+
+def _publish(store: Store, lease: Lease, manifest: Manifest) -> Manifest:
+    """Publish what the holder of the lease has made; returns the manifest that stands.
+
+    That may be the one of a run which was taken for dead, but not of one whose artifact was retired since: this goes again.
+    JobFailed: the lease was lost.
+    """
+    while True:
+        standing = publish(store, manifest, lease.insist)
+        if standing is manifest or standing.attempt >= lease.job.since:
+            return standing
+        _unpublish(store, manifest.ref)
 
 
 def job_of(store: Store, config: PipelineConfig, planned: StagePlan, since: int = 1) -> JobSpec:
@@ -150,26 +162,39 @@ def job_of(store: Store, config: PipelineConfig, planned: StagePlan, since: int 
 
 
 def find(store: Store, ref: ArtifactRef) -> Manifest | None:
-    """The manifest of a published artifact, its files seen to be there; None if it is not published."""
+    """The manifest of a published artifact, its files seen to be there; None if it is not published.
+
+    One that a run, taken for dead, has published after another has forced the artifact does not count.
+    """
     manifest = read_manifest(store, ref)
-    if manifest is not None:
-        try:
-            verify(store, manifest, checksums=False)
-        except IntegrityError as error:
-            raise IntegrityError(f"{error}; build it anew: --force {ref.stage}") from None
+    if manifest is None or manifest.attempt < retired_before(store, ref):
+        return None
+    try:
+        verify(store, manifest, checksums=False)
+    except IntegrityError as error:
+        raise IntegrityError(f"{error}; build it anew: --force {ref.stage}") from None
     return manifest
 
 
-def publish_finished(store: Store, planned: StagePlan, provenance: Mapping[str, Any] | None = None) -> Manifest | None:
-    """Publish what the newest finished attempt left, if all of it is there; None if no attempt has finished."""
+def publish_finished(
+    store: Store, planned: StagePlan, provenance: Mapping[str, Any] | None, before: int
+) -> Manifest | None:
+    """Publish what the newest finished attempt before `before` left, if all of it is there; None if none has finished.
+
+    Their checkpoints go. `before` is the number of the next attempt: one that has begun meanwhile keeps what it has.
+    """
     since = retired_before(store, planned.ref)
     results = [k for k in store.list(f"{planned.ref.id}/attempts") if k.endswith("/result.json")]
-    for key in sorted((k for k in results if int(k.split("/")[-2]) >= since), reverse=True):
+    for key in sorted((k for k in results if since <= int(k.split("/")[-2]) < before), reverse=True):
         try:
             result = unseal(JobResult, store.read(key), f"{store.url}/{key}")
-            return publish(store, _manifest(planned, result, provenance))
+            manifest = publish(store, _manifest(planned, result, provenance))
         except IntegrityError:
             continue  # torn: build
+        if manifest.attempt < since:
+            return None  # only who holds the lease may retire that one
+        checkpoints.clear(store, planned.ref, before)
+        return manifest
     return None
 
 
@@ -180,16 +205,6 @@ def is_retired(store: Store, ref: ArtifactRef, run: str) -> bool:
     except KeyError:
         return False
     return True
-
-
-def retired_before(store: Store, ref: ArtifactRef) -> int:
-    """The first attempt whose results and checkpoints count: that of the last run that forced the artifact, or 1."""
-    numbers = [1]
-    for key in store.list(f"{ref.id}/superseded"):
-        if "/superseded/by-" in key:
-            with suppress(KeyError):
-                numbers.append(int(json.loads(store.read(key)).get("attempt", 1)))
-    return max(numbers)
 
 
 def retire(store: Store, ref: ArtifactRef, run: str, attempt: int) -> None:
@@ -203,14 +218,18 @@ def retire(store: Store, ref: ArtifactRef, run: str, attempt: int) -> None:
     if _retired_by(ref, run) in stored:
         return
     if f"{ref.id}/{MANIFEST}" in stored:
-        now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-        store.write(f"{ref.id}/superseded/manifest-{now}.json", store.read(f"{ref.id}/{MANIFEST}"), create=True)
-        store.delete(f"{ref.id}/{MANIFEST}")
+        _unpublish(store, ref)
     markers = checkpoints.marker_keys(store, ref)
     for key in [*markers, *sorted(stored.keys() - markers)]:  # markers before the parts that they need
         if key.endswith("/result.json") or key.startswith(f"{ref.id}/checkpoints/"):
             store.delete(key)
     store.write(_retired_by(ref, run), json.dumps({"attempt": attempt}).encode())
+
+
+def _unpublish(store: Store, ref: ArtifactRef) -> None:
+    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    store.write(f"{ref.id}/superseded/manifest-{now}.json", store.read(f"{ref.id}/{MANIFEST}"), create=True)
+    store.delete(f"{ref.id}/{MANIFEST}")
 
 
 def _retired_by(ref: ArtifactRef, run: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_core import checkpoints
+from rlhf_core.artifacts import retired_before
 from rlhf_core.errors import JobFailed
 from rlhf_core.lease import Busy
 from rlhf_core.plan import StagePlan
@@ -60,7 +61,8 @@ class Waiting:
         Raises:
             JobFailed: it is the second in a row without progress.
         """
-        found = checkpoints.newest(self._store, self._planned.ref)
+        ref = self._planned.ref
+        found = checkpoints.newest(self._store, ref, since=retired_before(self._store, ref))
         before, self._order = self._order, found.position.order if found else ()
         self._in_vain = 0 if self._order > before else self._in_vain + 1
         if self._in_vain == VAIN:

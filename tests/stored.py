@@ -26,11 +26,13 @@ def ago(**time: float) -> str:
     return (datetime.now(UTC) - timedelta(**time)).isoformat(timespec="seconds")
 
 
-def begin(store: Store, ref: ArtifactRef, attempt: int = 1, inputs: dict[str, ArtifactRef] | None = None) -> JobSpec:
-    """The request of an attempt."""
+def begin(
+    store: Store, ref: ArtifactRef, attempt: int = 1, inputs: dict[str, ArtifactRef] | None = None, created: str = ""
+) -> JobSpec:
+    """The request of an attempt; without `created` of unknown age, as older versions wrote it."""
     job = JobSpec(
         stage=ref.stage, store=store.url, output=ref, attempt=attempt, job_id=f"{ref.id}@0/{attempt}", spec={}, identity={},
-        inputs=inputs or {},
+        inputs=inputs or {}, created=created,
     )  # fmt: skip
     store.write(f"{job.folder}/job.json", seal(job), create=True)
     return job

@@ -24,6 +24,7 @@ from rlhf_core.checkpoints import Position
 from rlhf_core.context import JobContext
 from rlhf_core.distributed import gather
 from rlhf_core.errors import Preempted
+from rlhf_core.saving import Save
 from rlhf_core.store import Store
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -57,7 +58,7 @@ def attempt(root: str, job: dict[str, Any], label: str, number: int, stop: list[
     def at(self: Checkpointer, position: Position, always_here: bool = False, last: bool = False) -> None:
         plain(self, position, always or always_here, last)
         if stop and [position.step, position.phase, position.update] == stop:
-            self._wait()  # so that it is known from where the next attempt goes on
+            assert not self._wait()  # so that it is known from where the next attempt goes on
             raise Stopped
 
     Checkpointer.at = at
@@ -174,7 +175,7 @@ def preempted(root: str, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
             return first
 
-        owner, name = (ppo, "_give_up") if kind == "token" else (Checkpointer, "at")
+        owner, name = (ppo.PPOStage, "_stop_if_told") if kind == "token" else (Checkpointer, "at")
         plain = getattr(owner, name)
         setattr(owner, name, told(plain))
         try:
@@ -231,16 +232,16 @@ def uploads(root: str) -> list[list[str]]:
         "checkpoint": {"every_steps": 1, "keep": 9},
     }
     context, _ = build(root, {"name": "ppo", "spec": spec, "resources": resources}, "uploads", 1)
-    plain, seen = Checkpointer._store_part, []
+    plain, seen = Save._store, []
 
-    def store_part(self: Checkpointer, name: str, path: Path) -> Any:
-        before = self.stored
-        part = plain(self, name, path)
-        if self.stored > before:
-            seen.append([str(self._upload.position), name])
+    def store(self: Save, name: str, path: Path, before: Any) -> Any:
+        stored = self.stored
+        part = plain(self, name, path, before)
+        if self.stored > stored:
+            seen.append([str(self.position), name])
         return part
 
-    Checkpointer._store_part = store_part
+    Save._store = store
     stage_runner("ppo")(context)
     return seen
 
@@ -301,27 +302,38 @@ def deletions(root: str) -> list[int]:
     return seen
 
 
-def failing_upload(root: str) -> dict[str, Any]:
-    """What comes of a store that takes no parts of checkpoints any more after the first one."""
+def failing_upload(root: str, name: str, failures: int) -> dict[str, Any]:
+    """What comes of a store that takes the first checkpoint and refuses the next `failures` uploads."""
     from rlhf_core.errors import StoreError
     from rlhf_core.train import stage_runner
 
-    context, out = build(root, SMALL_SFT, "failing-upload", 1)
+    context, out = build(root, SMALL_SFT, name, 1)
     plain, calls = Store.upload, []
+    forget, told = Checkpointer._forget_failed, []
+
+    def tell(self: Checkpointer, final: bool) -> None:
+        told.append(str(self._save and self._save.error))
+        forget(self, final)
+
+    Checkpointer._forget_failed = tell
 
     def upload(self: Store, local: Path, key: str) -> None:
         calls.append(key)
-        if len(calls) > 3:
+        if 3 < len(calls) <= 3 + failures:
             raise StoreError(f"upload {key}: no space left")
         plain(self, local, key)
 
     Store.upload = upload
     try:
         stage_runner("sft")(context)
-    except StoreError as error:
-        steps = [row for row in rows_of(out) if row["kind"] == "train"]
-        return {"error": type(error).__name__, "message": str(error), "steps": len(steps)}
-    raise AssertionError("it went on to the end")
+        error = ""
+    except StoreError as raised:
+        error = str(raised)
+    finally:
+        Store.upload, Checkpointer._forget_failed = plain, forget
+    newest = checkpoints.newest(context.store, context.job.output)
+    steps = [row for row in rows_of(out) if row["kind"] == "train"]
+    return {"error": error, "told": told, "steps": len(steps), "newest": str(newest and newest.position)}
 
 
 def dies_while_storing(root: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ PPO = {
     "critic_optim": {"lr": 1e-3},
 }
 LORA = {"rank": 4, "alpha": 8}
+OFFLOAD = {"offload_optimizer": "cpu", "offload_parameters": "cpu"}
 PHASES = [[0, "score", 0], [1, "update", 0], [1, "update", 3], [2, "rollout", 0], [2, "score", 0]]
 
 
@@ -50,6 +51,15 @@ ALL: dict[str, dict[str, Any]] = {
     "ppo-ema-zero3": job("ppo", {**PPO, "ema": {"decay": 0.9}}, PHASES[2:4], 3),
     "ppo-rloo": job("ppo", {**PPO, "advantage": "rloo", "samples_per_prompt": 2}, PHASES[1:3], 1),
     "ppo-warmup-ptx": job("ppo", {**PPO, "critic_warmup": 2, "ptx": {"coef": 0.5}}, PHASES[1:3], 0),
+    "ppo-kl-stop": job("ppo", {**PPO, "kl_stop": 1e-9}, [[1, "update", 1]], 1),
+    "ppo-late-ema": job("ppo", {**PPO, "ema": {"decay": 0.9, "start_step": 1}, "snapshot_every": 1}, PHASES[2:4], 2),
+    "ppo-top-k": job("ppo", {**PPO, "top_k": 5, "whiten_rewards": True}, PHASES[:2], 0),
+    "ppo-mixed": job(
+        "ppo", {**PPO, "precision": "bf16"}, PHASES[1:3], 1, resources={"models": {"critic": {"zero_stage": 3}}}
+    ),
+    "ppo-offload": job("ppo", PPO, PHASES[1:3], 3, resources={**OFFLOAD, "gradient_checkpointing": True}),
+    "sft-packed": job("sft", {**SFT, "epochs": 1}, steps(2), 3, resources={"pack_tokens": 128}),
+    "reward-flipped": job("reward", {**REWARD, "flip_labels": 0.2, "train_layers": 1}, steps(3), 1),
     "ppo-every-2": job("ppo", PPO, [[1, "update", 1], [2, "update", 2]], 2, every=2),
 }
 TWO = [

@@ -50,7 +50,7 @@ def main() -> int:
     end_with_guard()
     context = JobContext(job=job, store=store, out=Path(tempfile.mkdtemp(dir=os.environ["RLHF_SCRATCH"])))
     told = next_order(job.stage)
-    began = newest(store, job.output)
+    began = newest(store, job.output, since=job.since)
     if began:
         context.resumed = [{"attempt": began.attempt, "from": str(began.position)}]
     if told == "train until told":

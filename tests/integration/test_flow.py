@@ -1,5 +1,6 @@
 """The flow on a real Prefect server, with real processes, guard and store; only what a job runs is quick_stage.py."""
 
+import hashlib
 import os
 import platform
 import signal
@@ -10,9 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from quick_stage import save
 
 from rlhf_core import launch, lease
-from rlhf_core.artifacts import MANIFEST, Manifest, list_manifests, publish, read_manifest
+from rlhf_core.artifacts import MANIFEST, FileEntry, Manifest, list_manifests, publish, read_manifest
 from rlhf_core.config import PipelineConfig, parse_config
 from rlhf_core.errors import ConfigError, IntegrityError, JobFailed
 from rlhf_core.plan import make_plan
@@ -396,6 +398,95 @@ def test_a_forced_build_that_fails_leaves_nothing_published_and_its_retry_goes_o
     retried = build_stage(store, config, planned, force="run-1")
     assert retried.how == "resumed"
     assert store.read(retried.manifest.key("weights")) == b"sft of attempt 5 from step 10 (attempt 3)"
+
+
+def zombie_of(store, config, planned, attempt) -> Manifest:
+    """The manifest of a finished attempt at a stage, as its run would publish it."""
+    files = tuple(
+        FileEntry(path=p, size=len(d), sha256=hashlib.sha256(d).hexdigest()) for p, d in [("weights", b"old")]
+    )
+    folder = f"attempts/{attempt:04d}/files"
+    store.write(f"{planned.ref.id}/{folder}/weights", b"old")
+    return Manifest(ref=planned.ref, spec={}, folder=folder, files=files)
+
+
+def test_a_forced_run_is_not_given_what_a_run_taken_for_dead_publishes_meanwhile(config, store, orders, monkeypatch):
+    """That run looked whether it still held the lease right before the forced one took it, and published after."""
+    from tasks import stage
+
+    planned = make_plan(config, store)[0]
+    old = stage.build_stage(store, config, planned).manifest
+
+    def run_job(store, lease, **options):
+        result = launch.run_job(store, lease, **options)
+        publish(store, zombie_of(store, config, planned, 1))
+        return result
+
+    monkeypatch.setattr(stage, "run_job", run_job)
+    made = stage.build_stage(store, config, planned, force="run-1")
+    assert (made.how, made.manifest.attempt) == ("built", 2) and read_manifest(store, planned.ref) == made.manifest
+    assert store.read(made.manifest.key("weights")) == b"data of attempt 2"
+    retired = [store.read(key) for key in store.list(planned.ref.id) if "/superseded/manifest-" in key]
+    assert len(retired) == 2 and seal(old) in retired
+
+
+def test_the_retry_of_a_forced_run_does_not_take_what_was_published_late_for_its_own(config, store, orders):
+    from tasks.stage import build_stage
+
+    planned = make_plan(config, store)[0]
+    build_stage(store, config, planned)
+    (orders / "data").write_text("exit 1\n")
+    with pytest.raises(JobFailed):
+        build_stage(store, config, planned, force="run-1")
+    publish(store, zombie_of(store, config, planned, 1))
+    assert make_plan(config, store)[0].action == "build"
+    made = build_stage(store, config, planned, force="run-1")
+    assert (made.how, made.manifest.attempt) == ("built", 3) and read_manifest(store, planned.ref) == made.manifest
+
+
+def test_a_run_that_loses_its_lease_while_its_files_are_verified_does_not_publish(config, store, monkeypatch):
+    from rlhf_core import artifacts
+    from tasks.stage import build_stage, job_of
+
+    planned = make_plan(config, store)[0]
+    verify, published = artifacts.verify, []
+
+    def take_over(store, manifest, checksums=True):
+        verify(store, manifest, checksums)
+        if checksums and not published:
+            with lease.take(store, job_of(store, config, planned), 2) as successor:
+                published.append(launch.run_job(store, successor))
+
+    monkeypatch.setattr(artifacts, "verify", take_over)
+    made = build_stage(store, config, planned)
+    assert (made.how, made.manifest.attempt) == ("published", 2)
+
+
+def test_neither_plan_nor_patience_counts_what_attempts_before_the_forced_one_save(config, store, orders):
+    from tasks.stage import build_stage, job_of
+
+    planned = make_plan(config, store)[1]
+    build_stage(store, config, planned)
+    (orders / "sft").write_text("exit 1\n")
+    with pytest.raises(JobFailed):
+        build_stage(store, config, planned, force="run-1")
+    save(store, job_of(store, config, planned), 40)  # of attempt 1, whose job lived on
+    assert make_plan(config, store)[1].action == "build"
+    (orders / "sft").write_text("save 10\nsave 20\n")
+    assert build_stage(store, config, planned, force="run-1").manifest.attempt == 5
+
+
+def test_publishing_leaves_no_checkpoints_nor_parts_of_any_attempt(config, store, orders):
+    from tasks.stage import build_stage
+
+    planned = make_plan(config, store)[1]
+    lost = f"{planned.ref.id}/checkpoints/0001/parts/{'0' * 64}"
+    (orders / "sft").write_text("save 10\ndie after the result\n")
+    with pytest.raises(JobFailed):
+        build_stage(store, config, planned)
+    store.write(lost, b"lost")
+    assert build_stage(store, config, planned).how == "published"
+    assert store.list(f"{planned.ref.id}/checkpoints") == {}
 
 
 def test_a_forced_run_does_not_resume_from_what_an_ended_run_saves_last(start, config, store, orders):

@@ -2,8 +2,12 @@
 
 import hashlib
 import os
+import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 from proxy import FaultProxy
@@ -11,6 +15,8 @@ from s3 import free_ports
 
 from rlhf_core.artifacts import Manifest, describe, fetch, make_ref, publish
 from rlhf_core.errors import AlreadyExists, StoreError
+from rlhf_core.gc import Policy, collect, unfinished_writes
+from rlhf_core.inventory import look
 from rlhf_core.s3_upload import PART_BYTES
 from rlhf_core.store import Store
 
@@ -75,6 +81,39 @@ def test_of_many_racing_creates_one_wins_even_where_all_write_the_same(bucket):
         assert sum(pool.map(lambda i: attempt("own", str(i).encode()), range(16))) == 1
         assert sum(pool.map(lambda i: attempt("same", b"same"), range(16))) == 1
         assert sum(pool.map(lambda i: attempt("large", b"x" * (2 * PART_BYTES)), range(4))) == 1
+
+
+def test_an_upload_of_a_killed_process_is_found_and_removed(bucket, tmp_path):
+    """Its parts take room, and no listing of objects shows them."""
+    store = Store(f"{bucket}/prefix")
+    (tmp_path / "file").write_bytes(os.urandom(3 * PART_BYTES))
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from rlhf_core.s3_upload import Upload\n"
+        "from rlhf_core.store import Store\n"
+        "ask = Upload._ask\n"
+        "async def die(self, method, **options):\n"
+        "    if method == 'complete_multipart_upload': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return await ask(self, method, **options)\n"
+        "Upload._ask = die\n"
+        "Store(sys.argv[1]).upload(Path(sys.argv[2]), sys.argv[3])\n"
+    )
+    ref = make_ref("sft", "demo", {}, {})
+    key = f"{ref.id}/attempts/0001/files/w"
+    for url, name in ((store.url, key), (store.url, "elsewhere/w"), (f"{bucket}/prefix-of-others", key)):
+        argv = [sys.executable, "-c", code, url, str(tmp_path / "file"), name]
+        assert subprocess.run(argv, timeout=120).returncode == -signal.SIGKILL
+    assert store.list("") == {} == store.unfinished(timedelta(hours=1))
+    found = store.unfinished(timedelta(0))
+    assert [name.partition("?")[0] for name in found] == ["elsewhere/w", key]
+    assert list(found.values()) == [3 * PART_BYTES] * 2
+    removals = unfinished_writes(store, look(store), timedelta(0))
+    assert [(removal.artifact, removal.bytes) for removal in removals] == [(ref.id, 3 * PART_BYTES)]
+    assert collect(store, Policy(), removals) == 3 * PART_BYTES
+    store.abort(removals[0].steps[0][0])  # it has gone: no error
+    assert [name.partition("?")[0] for name in store.unfinished(timedelta(0))] == ["elsewhere/w"]
+    assert len(Store(f"{bucket}/prefix-of-others").unfinished(timedelta(0))) == 1
 
 
 def test_an_object_that_is_replaced_while_it_is_read_comes_old_or_new_and_never_mixed(

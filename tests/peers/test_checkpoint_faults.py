@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from rlhf_core import checkpoints
 from rlhf_core.artifacts import ArtifactRef
 from rlhf_core.checkpoints import Checkpoint
-from rlhf_core.errors import StoreError
 from rlhf_core.store import Store
 
 PLAN = {"micro_batch": 4, "rollout_micro_batch": 8, "zero_stage": 1}
@@ -113,11 +112,19 @@ def test_the_old_checkpoint_is_there_until_the_new_one_is_complete(tmp_path, tin
     assert len(saw) >= 3 and all(complete >= 1 for complete in saw), f"complete checkpoints at each deletion: {saw}"
 
 
-def test_an_upload_that_fails_ends_the_stage_at_the_next_step(tmp_path, tiny_root, monkeypatch):
+def test_an_upload_that_fails_is_told_at_the_next_step_and_tried_again(tmp_path, tiny_root):
     # asynchronous savers that only log the error: the stage ends with no checkpoint and nobody knows
-    monkeypatch.setenv("RLHF_STORE_PATIENCE", "0")
-    said = ranks.run(1, "failing_upload", tmp_path, 120, "resume_scenarios.py", root=str(tiny_root))
-    assert said["error"] == StoreError.__name__ and "checkpoint" in said["message"] and said["steps"] == 3
+    arguments = {"root": str(tiny_root), "name": "fails-twice", "failures": 2}
+    found = ranks.run(1, "failing_upload", tmp_path, 120, "resume_scenarios.py", **arguments)
+    assert found["error"] == "" and found["steps"] == 5 and found["newest"] == "step 5"
+    assert len(found["told"]) == 2 and all("no space left" in text for text in found["told"])
+
+
+def test_uploads_that_fail_again_and_again_end_the_stage(tmp_path, tiny_root):
+    arguments = {"root": str(tiny_root), "name": "fails-for-ever", "failures": 1000}
+    found = ranks.run(1, "failing_upload", tmp_path, 120, "resume_scenarios.py", **arguments)
+    assert "checkpoint of step 4 could not be stored" in found["error"] and found["newest"] == "step 1"
+    assert len(found["told"]) == 3 and found["steps"] == 5
 
 
 @pytest.mark.skipif(os.cpu_count() == 1, reason="two ranks on one core take too long")

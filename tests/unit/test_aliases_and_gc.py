@@ -13,11 +13,12 @@ import pytest
 import stored
 from commands import rlhf
 
+from rlhf_core import gc
 from rlhf_core.aliases import keys_of, promote, read_alias, resolve_alias
 from rlhf_core.artifacts import list_manifests, make_ref, read_manifest
-from rlhf_core.checkpoints import check, clear, newest
+from rlhf_core.checkpoints import check, clear, newest, sweep
 from rlhf_core.errors import ConfigError, IntegrityError, StoreError
-from rlhf_core.gc import Policy, collect, orphans, plan
+from rlhf_core.gc import Policy, collect, orphans, plan, unfinished_writes
 from rlhf_core.inventory import look
 from rlhf_core.store import Store
 from rlhf_core.verification import verify_store
@@ -38,7 +39,7 @@ def run_gc(store: Store, policy: Policy = Policy()) -> dict[tuple[str, str], int
     collect(
         store,
         policy,
-        [*orphans(store, view, policy), *plan(view, policy)],
+        [*unfinished_writes(store, view), *orphans(store, view, policy), *plan(view, policy)],
         lambda r: removed.update({(r.artifact, r.kind): r.bytes}),
     )
     return removed
@@ -242,7 +243,8 @@ def test_milestones_of_an_artifact_that_stays_stay_with_all_their_parts(store):
     check(store, milestone)
     assert newest(store, ref) == milestone
     other = stored.save(store, ref, 30, {"c": b"4" * 10, **shared}, attempt=2)
-    assert clear(store, ref) == 40, "of attempt 2 all, of attempt 1 nothing that a milestone needs"
+    assert clear(store, ref) == 40 + 40, "of attempt 2 all, of attempt 1 what no milestone needs"
+    assert sum("/parts/" in key for key in store.list(ref.id)) == 2
     assert other.key not in store.list("") and newest(store, ref) == milestone
 
 
@@ -259,12 +261,95 @@ def test_parts_that_no_checkpoint_lists_go_when_nothing_has_happened_for_a_day(s
     assert lost not in store.list("") and newest(store, ref) == listed
 
 
+def test_beside_milestones_of_a_published_artifact_go_parts_and_confirmations_that_no_marker_lists(store):
+    made = stored.pipeline(store, created=stored.ago(days=2))["sft"]
+    milestone = stored.save(store, made.ref, 10, {"a": b"1" * 50}, kept=True)
+    for name in (f"parts/{'0' * 64}", "confirmed/00000020-train-000000/rank-001.json"):
+        store.write(f"{made.ref.id}/checkpoints/0001/{name}", b"lost")
+    assert run_gc(store) == {(made.ref.id, "parts"): 8}
+    check(store, milestone)
+
+
 def test_the_parts_of_an_attempt_with_a_damaged_marker_stay(store):
     ref = make_ref("sft", "demo", {}, {})
     stored.beat(store, stored.begin(store, ref), stored.ago(hours=30), ended="failed")
     made = stored.save(store, ref, 10, {"a": b"1"}, created=stored.ago(hours=30))
     store.write(made.key, store.read(made.key)[:-9])
     assert run_gc(store) == {}
+
+
+def test_a_published_artifact_keeps_of_its_checkpoints_what_milestones_list_and_nothing_else(store):
+    ref = make_ref("sft", "demo", {}, {})
+    lost = [
+        f"{ref.id}/checkpoints/{n:04d}/{path}" for n in (1, 2, 3) for path in (f"parts/{'0' * 64}", "confirmed/x/r")
+    ]
+    milestone = stored.save(store, ref, 10, {"a": b"1"}, kept=True)
+    damaged = stored.save(store, ref, 10, {"b": b"2"}, attempt=3, kept=True)
+    stored.save(store, ref, 20, {"c": b"3"}, attempt=2)
+    for key in lost:
+        store.write(key, b"lost")
+    store.write(damaged.key, store.read(damaged.key)[:-9])
+    assert clear(store, ref, before=1) == 0
+    assert clear(store, ref) == 4 * 4 + 1
+    kept = {m.key for m in (milestone, damaged)} | {m.part_key(m.parts[0]) for m in (milestone, damaged)}
+    assert set(store.list(ref.id)) == kept | set(lost[4:]), "what a damaged marker needs is not known"
+
+
+def test_a_sweep_takes_what_no_marker_lists_from_the_folders_of_earlier_attempts_alone(store):
+    ref = make_ref("sft", "demo", {}, {})
+    keys = [
+        f"{ref.id}/checkpoints/{n:04d}/{path}" for n in (1, 2, 3, 4) for path in (f"parts/{'0' * 64}", "confirmed/x/r")
+    ]
+    whole = stored.save(store, ref, 10, {"a": b"1"}, attempt=1)
+    damaged = stored.save(store, ref, 20, {"a": b"1"}, attempt=2)
+    store.write(damaged.key, b"{")
+    for key in keys:
+        store.write(key, b"lost")
+    store.write(f"{ref.id}/checkpoints/notes.txt", b"somebody's")
+    before = set(store.list(ref.id))
+    assert sweep(store, ref, 3) == 8
+    assert before - set(store.list(ref.id)) == set(keys[:2])
+    check(store, whole)
+    assert sweep(store, ref, 4) == 8 and before - set(store.list(ref.id)) == {*keys[:2], *keys[4:6]}
+
+
+def test_what_killed_writes_have_left_is_shown_and_removed_after_a_day(store, capfd):
+    made = stored.pipeline(store)["sft"]
+    writer = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from rlhf_core import store_local\n"
+        "def fill(tmp): tmp.write_bytes(b'x' * 70); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "store_local.write(Path(sys.argv[1]), fill)\n"
+    )
+    for key in (f"{made.place}/model/more", f"aliases/prod/{1:06d}.json", "elsewhere/x"):
+        argv = [sys.executable, "-c", writer, f"{store.root}/{key}"]
+        assert subprocess.run(argv, cwd=TESTS.parent, timeout=60).returncode == -signal.SIGKILL
+    before = store.list("")
+    (left,) = [name for name in store.unfinished(timedelta(0)) if name.startswith(made.place)]
+    assert run_gc(store) == {} and store.unfinished(timedelta(days=1)) == {}
+    for name in store.unfinished(timedelta(0)):
+        os.utime(f"{store.root}/{name}", (0, 0))
+    code, out, _ = rlhf(capfd, "artifacts", "gc", "--store", store.url)
+    assert code == 0 and "cut-off writes" in out and "140 B" in out and left in store.unfinished(timedelta(0))
+    code, out, _ = rlhf(capfd, "artifacts", "gc", "--delete", "--store", store.url)
+    assert code == 0 and "140 B freed" in out
+    assert [name.split("/")[0] for name in store.unfinished(timedelta(0))] == ["elsewhere"], "not ours"
+    assert store.list("") == before
+
+
+@pytest.mark.parametrize(
+    "inputs", ['{"sft": {"stage": "sft", "name": "x"}}', '["sft/x"]', '"sft"', '{"sft": null}', '{"sft": {"stage": 3}}']
+)
+def test_no_artifact_goes_while_a_request_does_not_say_of_what_its_own_is_made(store, inputs):
+    old = stored.pipeline(store, "old", stored.ago(days=40))
+    stored.pipeline(store, "new")
+    ref = make_ref("ppo", "demo", {"mark": "unfinished"}, {})
+    key = f"{ref.id}/attempts/0001/job.json"
+    store.write(key, f'{{"created": "{stored.ago(days=1)}", "inputs": {inputs}}}'.encode())
+    assert any(key in trouble for trouble in look(store).unreadable)
+    assert run_gc(store, ONE) == {}
+    assert all(read_manifest(store, manifest.ref) for manifest in old.values())
 
 
 @pytest.mark.parametrize("record", ["manifest", "alias"])
@@ -396,6 +481,65 @@ def test_what_is_taken_into_use_after_the_plan_is_spared(store, taken):
     assert set(spared) == {old["sft"].ref.id, old["data"].ref.id}
     consistent(store)
     assert read_manifest(store, old["sft"].ref) and not read_manifest(store, old["ppo"].ref)
+
+
+def test_between_two_looks_at_the_whole_store_what_is_promoted_or_built_is_spared(store, monkeypatch):
+    """As the same at the second removal of a batch."""
+    old = stored.pipeline(store, "old", stored.ago(days=40))
+    stored.pipeline(store, "new")
+    spared: list[str] = []
+
+    def take_into_use(removal):
+        if removal.artifact == old["ppo"].ref.id:
+            promote(store, "prod", old["sft"])
+            stored.beat(store, stored.begin(store, old["reward"].ref, attempt=2), stored.ago(minutes=0))
+
+    planned = plan(look(store), ONE)
+    collect(store, ONE, planned, take_into_use, lambda removal: spared.append(removal.artifact))
+    assert set(spared) == {old[stage].ref.id for stage in ("reward", "sft", "data")}
+    consistent(store)
+
+
+def test_an_artifact_that_is_made_of_a_doomed_one_during_the_clean_up_spares_it_from_the_next_batch_on(
+    store, monkeypatch
+):
+    monkeypatch.setattr(gc, "BATCH", 1)
+    removed: list[str] = []
+    old = stored.pipeline(store, "old", stored.ago(days=40))
+    stored.pipeline(store, "new")
+
+    def use(removal):
+        removed.append(removal.artifact)
+        if removal.artifact == old["ppo"].ref.id:
+            stored.put(store, "dpo", {"a": b"1"}, {"sft": old["sft"].ref})
+
+    collect(store, ONE, plan(look(store), ONE), use)
+    assert removed == [old["ppo"].ref.id, old["reward"].ref.id]
+    consistent(store)
+
+
+def test_a_clean_up_asks_the_store_for_so_much_an_artifact_however_many_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(gc, "BATCH", 10)
+
+    class Counting(Store):
+        asked = 0
+
+        def read(self, key, start=0, stop=None):
+            self.asked += 1
+            return super().read(key, start, stop)
+
+    def asked(count: int) -> float:
+        store = Counting(f"file://{tmp_path}/{count}")
+        for number in range(count):
+            stored.put(store, "sft", {"a": b"1"}, mark=str(number))
+        planned = plan(look(store), ONE)
+        assert len(planned) == count - 1
+        store.asked = 0
+        collect(store, ONE, planned)
+        assert len(list_manifests(store)) == 1
+        return store.asked / count
+
+    assert asked(40) < 1.5 * asked(20)
 
 
 def test_an_attempt_that_begins_while_its_artifact_is_removed_loses_nothing(store):

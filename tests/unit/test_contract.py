@@ -2,6 +2,9 @@
 
 import hashlib
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -205,6 +208,41 @@ def test_a_range_of_an_object_is_what_a_slice_is_and_its_checksum_is_known(schem
     for call in (lambda: store.sha256("y"), lambda: store.read("y", 1, 2)):
         with pytest.raises(KeyError):
             call()
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_and_one_that_is_not_there_is_empty():
+    """As an ordinary user, whom a folder's mode keeps out."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        root.chmod(0o755)
+        (root / "open" / "closed").mkdir(parents=True)
+        (root / "open" / "closed" / "x").write_bytes(b"1")
+        (root / "open" / "closed").chmod(0)
+        code = (
+            "import os, sys\n"
+            "from rlhf_core.errors import StoreError\n"
+            "from rlhf_core.store import Store\n"
+            "store = Store(sys.argv[1])\n"
+            "if os.geteuid() == 0: os.setuid(65534)\n"
+            "assert store.list('nowhere') == {} == Store(sys.argv[1] + '/nowhere').list('')\n"
+            "for prefix in ('', 'open', 'open/closed'):\n"
+            "    try: print('listed', store.list(prefix))\n"
+            "    except StoreError as error: print('refused', 'Permission denied' in str(error) and 'closed' in str(error))\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=60)
+        (root / "open" / "closed").chmod(0o755)
+    assert done.stdout.splitlines() == ["refused True"] * 3, done.stdout + done.stderr
+
+
+def test_a_listing_shows_links_as_files_and_nothing_of_what_is_gone(tmp_path):
+    store = Store(str(tmp_path / "store"))
+    store.write("a/b", b"22")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "x").write_bytes(b"1")
+    (tmp_path / "store" / "a" / "link").symlink_to(tmp_path / "far" / "x")
+    (tmp_path / "store" / "a" / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "store" / "empty").mkdir()
+    assert store.list("") == {"a/b": 2, "a/link": 1} and store.list("a/b") == {}
 
 
 def test_an_at_sign_in_a_local_folder_is_no_credential(tmp_path):

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[2]
 TRAINING = {"torch", "deepspeed", "transformers", "datasets"}
 CONTRACT = (
     "errors canonical sealed specs resources config entries cache artifacts aliases checkpoints layout verification inventory gc "
-    "transfer store store_s3 s3_client s3_upload patience credentials sources job lease preemption plan launch guard doctor context gold card tensorboard "
-    "reward_sources eval.request eval.pairs eval.peak"
+    "transfer store store_local store_s3 s3_client s3_upload patience credentials sources job lease preemption plan launch guard "
+    "doctor context gold card tensorboard reward_sources eval.request eval.pairs eval.peak"
 ).split()
 
 

@@ -360,6 +360,23 @@ def test_a_holder_that_was_cut_off_and_taken_over_meanwhile_finds_out(store):
         until(lambda: held.lost)
 
 
+def test_whatever_goes_wrong_with_a_heartbeat_is_told_once_and_the_next_one_is_given(store, monkeypatch, capfd):
+    write, failures = Store.write, []
+
+    def fail(self, key, data, create=False):
+        if key.endswith("heartbeat.json") and len(failures) < 3:
+            failures.append(key)
+            raise OSError("no file descriptor is left")
+        write(self, key, data, create)
+
+    monkeypatch.setattr(Store, "write", fail)
+    with acquire(store, a_job(store)):
+        until(lambda: heartbeat(store))
+    last = heartbeat(store)
+    assert last and last.ended == "done" and len(failures) == 3
+    assert capfd.readouterr().err.count("OSError: no file descriptor is left; going on") == 1
+
+
 def test_an_end_that_cannot_be_told_is_no_error(store):
     with acquire(store, a_job(store)) as held:
         away = cut_off(store)

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -120,12 +119,10 @@ def test_a_file_that_appears_is_a_notice(rank, tmp_path, scheme):
     assert process.stdout.readline() == f"notice at {scheme}{tmp_path}/notice\n"
 
 
-def test_only_the_first_rank_of_a_node_watches(rank, tmp_path):
+def test_every_rank_watches_since_none_may_keep_the_others_waiting(rank, tmp_path):
+    second = rank(tmp_path / "notice", LOCAL_RANK="1")
     (tmp_path / "notice").touch()
-    process = rank(tmp_path / "notice", LOCAL_RANK="1")
-    time.sleep(0.5)
-    process.terminate()
-    assert process.stdout.readline() == "received SIGTERM\n"
+    assert second.stdout.readline() == f"notice at {tmp_path}/notice\n"
 
 
 def test_a_url_is_asked_until_it_answers(rank, service):
@@ -162,3 +159,40 @@ def test_amazon_may_want_a_token_first(service, given):
         return (200, '{"action": "terminate"}') if given else (404, "")
 
     assert answers(service(answer).url) == given
+
+
+# The main thread is inside C, where no handler of Python's can run.
+STUCK = """
+import ctypes
+from rlhf_core import preemption
+preemption.install()
+print("up", flush=True)
+while True:
+    ctypes.CDLL(None).poll(None, 0, -1)
+"""
+
+
+def stuck(folder, guarded: bool) -> subprocess.Popen:
+    """A rank whose main thread is inside C and comes back only to go in again."""
+    guard = {"RLHF_GUARD_PID": "1", "RLHF_SCRATCH": str(folder)} if guarded else {}
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True, env={**os.environ, **guard}
+    )
+    assert process.stdout.readline() == "up\n"
+    return process
+
+
+def test_a_rank_that_its_launcher_ends_because_another_died_ends_at_once(tmp_path):
+    process = stuck(tmp_path, guarded=True)
+    process.terminate()
+    assert process.wait(20) == 128 + signal.SIGTERM
+
+
+def test_a_rank_that_its_guard_tells_to_end_waits_for_its_next_point(tmp_path):
+    (tmp_path / "told").touch()
+    process = stuck(tmp_path, guarded=True)
+    process.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(3)
+    process.kill()
+    process.wait()

@@ -303,6 +303,19 @@ def test_a_chat_template_cannot_reach_python(mark, template):
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("file", ["../outside/model.safetensors", "/etc/passwd", "a/../../x", ""])
+def test_an_index_of_weights_that_leads_out_of_the_models_folder_is_refused(tmp_path, model, file):
+    from rlhf_core.partitioned import INDEX, weight_files
+
+    (tmp_path / "outside").mkdir()
+    (model / "model.safetensors").rename(tmp_path / "outside" / "model.safetensors")
+    (model / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": file}}))
+    for load in (weight_files, load_causal_lm):
+        with pytest.raises(ConfigError) as caught:
+            load(str(model))
+        assert all(word in str(caught.value) for word in (INDEX, "lm_head.weight", repr(file))), load
+
+
 def test_a_data_set_that_brings_a_script_is_refused(tmp_path, mark, monkeypatch):
     from rlhf_core.data.readers import _load
     from rlhf_core.spec_data import HubSource

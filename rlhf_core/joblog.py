@@ -1,7 +1,8 @@
 """The output of a running job: progress events to the caller, other lines to the log, both to the store.
 
 The job writes to a local file that is followed here; nothing the control plane does can block a rank that prints. The log in
-the store is at most a minute behind while the job runs and whole when it has ended, also after a failure.
+the store is at most a minute behind while the job runs and whole when it has ended, also after a failure. A full local disk costs
+the log its end and not the run its life: the job fails of it by itself, if it does, and may be started again.
 """
 
 import json
@@ -10,9 +11,10 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rlhf_core.errors import StoreError
 from rlhf_core.job import PROGRESS, JobSpec, parse_progress
@@ -40,6 +42,8 @@ class JobLog:
         self._events = (self.folder / "metrics.jsonl").open("w")
         self._lines: deque[bytes] = deque()
         self._rest = b""
+        self._written: dict[TextIO, int] = {self._text: 0, self._events: 0}  # characters
+        self._cut: OSError | None = None  # why some of the log is missing
         self._uploaded = (time.monotonic(), 0)  # when, how much of the log
 
     def read(self) -> int:
@@ -48,7 +52,7 @@ class JobLog:
         while self._fill():
             events += self._take(self._lines.popleft())
         when, size = self._uploaded
-        if time.monotonic() - when > UPLOAD_SECONDS and self._text.tell() > size:
+        if time.monotonic() - when > UPLOAD_SECONDS and self._written[self._text] > size:
             self._upload()
         return events
 
@@ -73,17 +77,24 @@ class JobLog:
         text = text.rstrip("\r").rpartition("\r")[2]
         if event is not None:
             seconds = round(time.time(), 3)
-            self._events.write(json.dumps({"time": seconds, **event}) + "\n")
+            self._write(self._events, json.dumps({"time": seconds, **event}) + "\n")
             self.on_event(event)
         if text or event is None:
             self.tail.append(text)
-            self._text.write(text + "\n")
+            self._write(self._text, text + "\n")
             self.on_line(text)
         return int(event is not None)
 
     def note(self, message: str) -> None:
         """A line of ours in the log, with the time."""
-        self._text.write(f"# {datetime.now(UTC).isoformat(timespec='seconds')} {message}\n")
+        self._write(self._text, f"# {datetime.now(UTC).isoformat(timespec='seconds')} {message}\n")
+
+    def _write(self, file: TextIO, text: str) -> None:
+        self._written[file] += len(text)
+        try:
+            file.write(text)
+        except OSError as error:
+            self._cut = self._cut or error
 
     def close(self) -> str:
         """Upload what is there; returns where the log is now: in the store, or on this machine if the store fails."""
@@ -92,19 +103,24 @@ class JobLog:
             self._rest = b""
         error = self._upload()
         for file in (self._source, self._text, self._events):
-            file.close()
+            with suppress(OSError):  # it would write what is left, and has said why it cannot
+                file.close()
         if error:
             return f"{self.folder}/log.txt (not stored: {error})"
         shutil.rmtree(self.folder, ignore_errors=True)
-        return f"{self.store.url}/{self.job.folder}/log.txt"
+        missing = f" (not all of it: {self._cut})" if self._cut else ""
+        return f"{self.store.url}/{self.job.folder}/log.txt{missing}"
 
     def _upload(self) -> StoreError | None:
-        self._text.flush()
-        self._events.flush()
-        self._uploaded = (time.monotonic(), self._text.tell())
+        for file in self._written:
+            try:
+                file.flush()
+            except OSError as error:
+                self._cut = self._cut or error
+        self._uploaded = (time.monotonic(), self._written[self._text])
         try:
             self.store.upload(self.folder / "log.txt", f"{self.job.folder}/log.txt")
-            if self._events.tell():
+            if self._written[self._events]:
                 self.store.upload(self.folder / "metrics.jsonl", f"{self.job.folder}/metrics.jsonl")
         except StoreError as error:
             return error

@@ -269,9 +269,9 @@ def git_state() -> dict[str, Any]:
 
 
 def worth_retrying(task: "Task[..., Any]", run: "TaskRun", state: State[Any]) -> bool:
-    """Whether a failed stage may succeed when tried again: a job that died, or a store that was out of reach."""
+    """Whether a failed stage may succeed when tried again: a job that died, a store out of reach, a disk that was full."""
     error = state.result(raise_on_failure=False)
-    worth = is_transient(error.code) if isinstance(error, JobFailed) else isinstance(error, StoreError)
+    worth = is_transient(error.code) if isinstance(error, JobFailed) else isinstance(error, StoreError | OSError)
     if worth:
         say(f"{run.name}: {str(error).splitlines()[0]}; starting it again in {task.retry_delay_seconds:g} s")
     return worth

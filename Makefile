@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 CONFIG ?= deployments/configs/quickstart.yaml
 RLHF := $(BIN)/rlhf
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow faults check install real s3 bench-store clean
+.PHONY: help demo test test-slow faults check install real s3 bench-store bench-checkpoint clean
 
 help: ## list the targets
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 demo: $(VENV)/.installed ## set up and run the whole pipeline (CONFIG=… for another configuration)
 	@$(RLHF) run $(CONFIG)
@@ -37,6 +37,10 @@ s3: $(VENV)/.installed-dev ## a durable S3 server in .rlhf-s3, to try s3:// with
 
 bench-store: $(VENV)/.installed-dev ## speed of the store on S3, beside boto3 and s3fs
 	@$(BIN)/python tests/benchmarks/bench_store.py
+
+bench-checkpoint: $(VENV)/.installed-dev ## what checkpoints cost the quickstart's PPO, with and without them
+	@mkdir -p build
+	@$(BIN)/python tests/benchmarks/bench_checkpoint.py --out build/bench-checkpoint.json
 
 clean: ## remove the environment and the artifacts of this folder
 	rm -rf $(VENV) .rlhf

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from blows import Blow, World
 from pipeline import Pipeline, command, content_of, environment
-from runs import Run, until
+from proxy import Rule, Script, delay
+from runs import Moment, Run, until
 from tally import Tally
 
 from rlhf_core import checkpoints, guard
@@ -28,6 +29,7 @@ from tasks.stage import job_of
 
 GONE_SECONDS = 60
 MOST_LAPS = 6
+SLOW_SECONDS = 0.3  # each file of a result
 
 
 class Aftermath(threading.Thread):
@@ -134,7 +136,7 @@ class Chain:
         while True:
             run = self._start()
             goes_on = True
-            while goes_on and waiting and run.reaches(waiting[0].moment):
+            while goes_on and waiting and self._reaches(run, waiting[0].moment):
                 goes_on = self._blow(run, waiting)
             if not goes_on:
                 continue
@@ -148,6 +150,15 @@ class Chain:
             )
             self._rerun_for_storage(run)
 
+    def _reaches(self, run: Run, moment: Moment) -> bool:
+        """Wait for a moment. The result is stored slowly if it is then that the blow is to fall, else it would miss."""
+        if moment.after == "upload":
+            self.world.proxy.plan = Script(Rule(delay(SLOW_SECONDS), "write", "/files/", times=None))
+        reached = run.reaches(moment)
+        if not reached:
+            self.world.proxy.plan = lambda _: None
+        return reached
+
     # --- one blow --------------------------------------------------------------------------------------------------------
 
     def _blow(self, run: Run, waiting: deque[Blow]) -> bool:
@@ -155,7 +166,9 @@ class Chain:
         blow = waiting[0]
         known, job = checkpoints.newest(self.store, self.ref), run.job()
         print(f"{self.stage}: {blow.kind.name} at {blow.moment}, {run.reached} steps told, saved {known}", flush=True)
-        if not blow.kind.strike(run, self.world):
+        hit = blow.kind.strike(run, self.world)
+        self.world.proxy.plan = lambda _: None
+        if not hit:
             return True
         waiting.popleft()
         run.struck()

@@ -68,17 +68,28 @@ TWO = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def alone(tiny_root, tmp_path_factory):
-    out = tmp_path_factory.mktemp("alone")
-    return ranks.run(1, "resumed", out, 400, "resume_scenarios.py", root=str(tiny_root), jobs=ALL)
+# The rest is for `pytest -m slow`.
+USUAL = [
+    "sft-zero0", "sft-zero3", "sft-dropout", "sft-bf16", "sft-lora", "sft-every-4", "reward-zero0", "dpo-zero0", "dpo-lora",
+    "ppo-zero0", "ppo-zero2", "ppo-zero3", "ppo-ema-lora", "ppo-rloo", "ppo-warmup-ptx", "ppo-every-2",
+]  # fmt: skip
+USUAL_TWO = ["sft-zero1", "sft-zero3", "dpo-zero0", "ppo-zero0", "ppo-zero3", "ppo-ema-lora"]
 
 
-@pytest.fixture(scope="module")
-def together(tiny_root, tmp_path_factory):
-    out = tmp_path_factory.mktemp("together")
-    jobs = {label: ALL[label] for label in TWO}
-    return ranks.run(2, "resumed", out, 500, "resume_scenarios.py", root=str(tiny_root), jobs=jobs)
+def runs(world: int, labels: list[str]) -> Any:
+    """A fixture: what comes of those jobs on so many processes."""
+
+    @pytest.fixture(scope="module")
+    def found(tiny_root, tmp_path_factory):
+        out = tmp_path_factory.mktemp(f"resume-{world}")
+        jobs = {label: ALL[label] for label in labels}
+        return ranks.run(world, "resumed", out, 500, "resume_scenarios.py", root=str(tiny_root), jobs=jobs)
+
+    return found
+
+
+alone, alone_rest = runs(1, USUAL), runs(1, [label for label in ALL if label not in USUAL])
+together, together_rest = runs(2, USUAL_TWO), runs(2, [label for label in TWO if label not in USUAL_TWO])
 
 
 # What SIGTERM meets: [rank or all, token or point of the stage, which of them], and where the stage is saved then.
@@ -117,14 +128,26 @@ def check(found: dict[str, Any], label: str) -> None:
     assert result["weights"][0] and result["weights"][1], "the models written differ"
 
 
-@pytest.mark.parametrize("label", ALL)
+@pytest.mark.parametrize("label", USUAL)
 def test_on_one_process_a_resumed_stage_has_the_bits_of_an_undisturbed_one(alone, label):
     check(alone, label)
 
 
-@pytest.mark.parametrize("label", TWO)
+@pytest.mark.parametrize("label", USUAL_TWO)
 def test_on_two_processes_a_resumed_stage_has_the_bits_of_an_undisturbed_one(together, label):
     check(together, label)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", [label for label in ALL if label not in USUAL])
+def test_on_one_process_other_settings_have_the_bits_of_an_undisturbed_run(alone_rest, label):
+    check(alone_rest, label)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", [label for label in TWO if label not in USUAL_TWO])
+def test_on_two_processes_other_settings_have_the_bits_of_an_undisturbed_run(together_rest, label):
+    check(together_rest, label)
 
 
 def test_checkpoints_are_made_by_steps_and_milestones_and_only_some_are_kept(tiny_root, tmp_path):
@@ -156,7 +179,15 @@ def test_only_what_has_changed_is_stored_again(tiny_root, tmp_path):
     ], "the actor does not move at first, and neither model does while answers are scored"
 
 
-@pytest.mark.parametrize("harm", ["content", "record", "marker", "missing"])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "content",
+        "marker",
+        pytest.param("record", marks=pytest.mark.slow),
+        pytest.param("missing", marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(tiny_root, tmp_path, harm):
     arguments = {"root": str(tiny_root), "name": f"damaged-{harm}", "harm": harm}
     found = ranks.run(2, "damaged", tmp_path, 180, "resume_scenarios.py", **arguments)

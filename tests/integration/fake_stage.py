@@ -23,7 +23,8 @@ def stuck_in_this_function():
 
 
 def write_result(store: Store, job: JobSpec, job_id: str | None = None):
-    result = JobResult(job_id=job_id or job.job_id, folder=f"{job.attempt_folder}/files", files=(), metrics={"loss": 1.5}, seconds=0.1)
+    files = f"{job.attempt_folder}/files"
+    result = JobResult(job_id=job_id or job.job_id, folder=files, files=(), metrics={"loss": 1.5}, seconds=0.1)
     store.write(f"{job.folder}/result.json", result.model_dump_json().encode())
 
 

@@ -11,6 +11,7 @@ from s3 import ACCESS_KEY, SECRET_KEY, S3Server
 
 from rlhf_core.store import Store
 
+pytestmark = pytest.mark.slow  # a minute: whole runs, with Prefect
 ROOT = Path(__file__).parents[2]
 CANARIES = (ACCESS_KEY, SECRET_KEY, "a-secret-that-is-wrong", "AKIAWRONGWRONGWRONG1")
 

@@ -24,7 +24,6 @@ NOT_STARTED = 127
 LINGER_SECONDS = 3.0  # for what ends a moment after its parent, e.g. multiprocessing's resource tracker
 KILL_SECONDS = 5.0  # only a process in uninterruptible sleep survives SIGKILL for so long
 POLL_SECONDS = 0.5
-LOOKS = 4  # for ranks, before it is believed that there are none
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TOLD = "told"  # this file in the scratch folder says that the ranks are told to end by their guard
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -170,6 +169,7 @@ class Guard:
         if os.getppid() != self.owner:  # it went before PDEATHSIG was set
             return NOT_STARTED
         environment = {**os.environ, "RLHF_JOB_ID": self.job_id, "RLHF_GUARD_PID": str(os.getpid())}
+        environment.pop("RANK", None)  # only a launcher of this job gives one: by it ranks are known
         if self.folder:
             os.makedirs(scratch(self.folder), mode=0o700, exist_ok=True)
             environment["RLHF_SCRATCH"] = scratch(self.folder)
@@ -220,10 +220,6 @@ class Guard:
             with suppress(OSError), open(os.path.join(scratch(self.folder), TOLD), "w"):
                 pass
         asked = self.ranks()
-        for _ in range(LOOKS - 1):  # a look at /proc has been seen to miss processes, on a busy machine
-            if not asked:
-                time.sleep(0.05)
-                asked = self.ranks()
         for pid in asked:
             send(pid, signal.SIGTERM)
         while asked and time.monotonic() < until and (self.code is None or any(map(alive, asked))):

@@ -153,7 +153,6 @@ def environment(job: JobSpec) -> dict[str, str]:
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         env.setdefault("GOMP_SPINCOUNT", "0")
         env.pop("CUDA_VISIBLE_DEVICES", None)
-    env.pop("RANK", None)  # by it the guard knows ranks from launchers
     return env
 
 

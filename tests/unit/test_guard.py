@@ -87,7 +87,9 @@ exit $code
 """
 
 
-def test_ranks_are_told_before_their_launcher_which_passes_on_their_code(job_id):
+@pytest.mark.parametrize("outer", [None, "3"], ids=["", "in a rank of another job"])
+def test_ranks_are_told_before_their_launcher_which_passes_on_their_code(job_id, monkeypatch, outer):
+    monkeypatch.setenv("RANK", outer) if outer else monkeypatch.delenv("RANK", raising=False)
     process = start(job_id, "bash", "-c", LAUNCHER, grace=10)
     assert process.stdout and process.stdout.readline() == "up\n"
     process.terminate()

@@ -12,10 +12,11 @@ import fcntl
 import os
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from pydantic import ConfigDict, Field
@@ -43,25 +44,26 @@ FAILURES = 3  # saves in a row that may fail before the stage does
 SHARE = 33  # saving by time takes at most one part in so many of the time
 
 
-class Resumable(Protocol):
+class Resumable(ABC):
     """What a trainer says of its own state, beside its engines."""
 
+    @abstractmethod
     def record(self) -> dict[str, Any]:
         """Counters and the like of this rank, as JSON."""
-        ...
 
     def shared(self) -> dict[str, Tensor]:
         """Tensors that are alike on all ranks; saved once."""
-        ...
+        return {}
 
     def own(self) -> dict[str, Tensor]:
         """Tensors of this rank."""
-        ...
+        return {}
 
     def accepts(self, record: dict[str, Any]) -> bool:
         """Whether a state with this record can be taken up; if not, the checkpoint is passed over."""
-        ...
+        return True
 
+    @abstractmethod
     def resume(
         self,
         position: Position,
@@ -70,7 +72,6 @@ class Resumable(Protocol):
         own: Sequence[dict[str, Tensor]],
     ) -> None:
         """Take up that state. `own` is this rank's, or after a change of their number that of all ranks that wrote it."""
-        ...
 
 
 class RankRecord(Frozen):
@@ -245,21 +246,22 @@ class Checkpointer:
 
     def _wait(self) -> bool:
         """Until no rank's save is under way, or one has failed; whether one has. Collective."""
+        if (save := self._save) is None:
+            return False
         pause = 0.01
-        while self._save is not None:
-            failed, busy = sum_over_ranks([float(self._save.failed), float(self._save.busy)])
-            if failed:
-                return True
-            if not busy:
-                self._parts, self._failures = self._save.parts, 0
-                self.stored += self._save.stored
-                self._save = None
-                return False
-            self._save.join(pause)
-            if not self._save.busy:
-                time.sleep(pause)
-            pause = min(1.0, 2 * pause)
-            self.context.alive()
+        with self.context.transferring():
+            while True:
+                failed, busy = sum_over_ranks([float(save.failed), float(save.busy)])
+                if failed:
+                    return True
+                if not busy:
+                    break
+                save.join(pause)
+                if not save.busy:
+                    time.sleep(pause)
+                pause = min(1.0, 2 * pause)
+        self._save, self._parts, self._failures = None, save.parts, 0
+        self.stored += save.stored
         return False
 
     def _snapshot(self) -> tuple[dict[str, Path], dict[str, Part]]:

@@ -7,7 +7,6 @@ does. Attempts share no part, so that one which was believed dead can damage not
 names alone; a damaged one is passed over for the one before it. What fills them is `checkpointing`. No torch here.
 """
 
-import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -15,9 +14,10 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from rlhf_core.artifacts import ArtifactRef, inside
+from rlhf_core.artifacts import ArtifactRef
+from rlhf_core.entries import Inside, Sha256
 from rlhf_core.errors import IntegrityError
 from rlhf_core.sealed import unseal
 from rlhf_core.specs import Frozen
@@ -48,6 +48,11 @@ class Position(Frozen):
         """Sorts positions of one stage by progress."""
         return self.step, PHASES.index(self.phase), self.update
 
+    @property
+    def mark(self) -> str:
+        """Its name in keys, as `NAME` reads it."""
+        return f"{self.step:08d}-{self.phase}-{self.update:06d}"
+
     def __str__(self) -> str:
         if self.phase == "train":
             return f"step {self.step}"
@@ -58,14 +63,9 @@ class Position(Frozen):
 class Part(Frozen):
     """One object of a checkpoint."""
 
-    name: str = Field(description="what it is, e.g. actor/rank-000.safetensors, files/metrics.jsonl")
+    name: Inside = Field(description="what it is, e.g. actor/rank-000.safetensors, files/metrics.jsonl")
     size: int = Field(ge=0, description="bytes")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-    @field_validator("name")
-    @classmethod
-    def _inside(cls, name: str) -> str:
-        return inside(name)
+    sha256: Sha256
 
 
 class Checkpoint(Frozen):
@@ -85,9 +85,8 @@ class Checkpoint(Frozen):
     @property
     def key(self) -> str:
         """Where the marker lies."""
-        p = self.position
         kept = "-kept" if self.kept else ""
-        return f"{folder_of(self.artifact, self.attempt)}/{p.step:08d}-{p.phase}-{p.update:06d}{kept}.json"
+        return f"{folder_of(self.artifact, self.attempt)}/{self.position.mark}{kept}.json"
 
     def part_key(self, part: Part) -> str:
         """Where a part lies."""
@@ -191,8 +190,7 @@ def delete(store: Store, ref: ArtifactRef, keys: Iterable[str]) -> int:
         with suppress(IntegrityError):
             found = read_marker(store, ref, key)
             listed.update({found.part_key(part): part.size for part in found.parts})
-        with suppress(KeyError):
-            store.delete(key)
+        store.delete(key)
     return sum(_remove(store, listed, _needed(store, ref, store.list(folder))) for folder, listed in parts.items())
 
 
@@ -247,12 +245,6 @@ def _remove(store: Store, objects: dict[str, int], needed: set[str] | None) -> i
     """Remove the objects that are not needed, none if that is not known; returns their bytes."""
     freed = 0
     for key in sorted(objects.keys() - needed) if needed is not None else ():
-        with suppress(KeyError):
-            store.delete(key)
-            freed += objects[key]
+        store.delete(key)
+        freed += objects[key]
     return freed
-
-
-def part_of(name: str, data: bytes) -> Part:
-    """The entry of a part with this content."""
-    return Part(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())

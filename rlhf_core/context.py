@@ -43,7 +43,6 @@ class JobContext:
     started: float = field(default_factory=time.monotonic)
     resumed: list[dict[str, Any]] = field(default_factory=list)
     _last: dict[str, Any] = field(default_factory=lambda: {"step": 0, "total": 1, "phase": "start"})
-    _told: float = 0.0
     _fetched: dict[str, tuple[Path, Manifest]] = field(default_factory=dict)
 
     @property
@@ -79,25 +78,25 @@ class JobContext:
     ) -> None:
         """Tell the control plane how far this stage is; also the sign of life that keeps it from being ended as hung."""
         event = {"step": step, "total": total, "unit": unit, "phase": phase, "metrics": metrics or {}}
-        self._last, self._told = event, time.monotonic()
+        self._last = event
         if self.is_main:
             print(progress_line(event), flush=True)
 
-    def alive(self) -> None:
-        """Repeat the last progress, at most every few seconds: a sign of life from what cannot tell how far it is."""
-        if time.monotonic() - self._told > ALIVE_SECONDS:
-            self.progress(**self._last)
-
     @contextmanager
-    def transferring(self, phase: str) -> Iterator[None]:
-        """Give signs of life while data go to or come from the store, whose every request has a time limit of its own."""
+    def transferring(self, phase: str | None = None) -> Iterator[None]:
+        """Give signs of life while data go to or come from the store, whose every request has a time limit of its own.
+
+        Args:
+            phase: what is told; default: the last progress again.
+        """
         over = threading.Event()
+        event = {"step": 0, "total": 1, "phase": phase} if phase else self._last
 
         def tell() -> None:
             while not over.wait(ALIVE_SECONDS):
-                self.progress(0, 1, phase)
+                self.progress(**event)
 
-        thread = threading.Thread(target=tell, daemon=True, name=phase)
+        thread = threading.Thread(target=tell, daemon=True, name="signs of life")
         thread.start()
         try:
             yield

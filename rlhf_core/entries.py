@@ -5,8 +5,9 @@ Paths are relative and cannot leave the folder they are relative to; whoever rea
 
 import hashlib
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from rlhf_core.specs import Frozen
 
@@ -18,17 +19,16 @@ def inside(path: str) -> str:
     return path
 
 
+Inside = Annotated[str, AfterValidator(inside)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class FileEntry(Frozen):
     """One file of an artifact."""
 
-    path: str = Field(description="relative to the artifact's folder, never out of it")
+    path: Inside = Field(description="relative to the artifact's folder, never out of it")
     size: int = Field(ge=0, description="bytes")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-    @field_validator("path")
-    @classmethod
-    def _inside(cls, path: str) -> str:
-        return inside(path)
+    sha256: Sha256
 
 
 def sha256_file(path: Path) -> str:

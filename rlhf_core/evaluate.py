@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rlhf_core import gold
 from rlhf_core.batches import Row, open_rows, some_rows
-from rlhf_core.checkpointing import Checkpointer
+from rlhf_core.checkpointing import Checkpointer, Resumable
 from rlhf_core.checkpoints import Position
 from rlhf_core.comparison import MODELS, Answer, TokenLoss, aligned_of, evaluation_of, flat_metrics, sample_rows
 from rlhf_core.context import JobContext
@@ -41,7 +41,7 @@ HELD_OUT_ROWS = 200
 CURVE_STAGES = ("sft", "reward", "ppo", "dpo")
 
 
-class Evaluator:
+class Evaluator(Resumable):
     """Owns one evaluate stage on this rank.
 
     Attributes:
@@ -150,10 +150,6 @@ class Evaluator:
             self.resources.micro_batch,
             int(self.zero_init is None),
         ]
-
-    def shared(self) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
 
     def own(self) -> dict[str, Tensor]:
         """This rank's answers of the models that are done."""

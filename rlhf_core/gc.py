@@ -11,7 +11,6 @@ no artifact is removed until that is put right.
 """
 
 from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
@@ -128,7 +127,7 @@ def collect(
             on_spared(planned)
             continue
         for step in fresh.steps:
-            in_threads(store.abort if fresh.kind == "writes" else lambda key: _delete(store, key), step)
+            in_threads(store.abort if fresh.kind == "writes" else store.delete, step)
         freed += fresh.bytes
         on_removed(fresh)
     return freed
@@ -146,11 +145,6 @@ def _still(store: Store, view: View, policy: Policy, planned: Removal) -> Remova
     if planned.kind == "parts":
         return _orphans(store, one) if _is_idle(one, kept, now) else None
     return next((r for r in _removals(view, one, kept, policy) if r.kind == planned.kind), None)
-
-
-def _delete(store: Store, key: str) -> None:
-    with suppress(KeyError):  # another has removed it
-        store.delete(key)
 
 
 # --- what stays ------------------------------------------------------------------------------------------------------

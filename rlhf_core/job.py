@@ -10,9 +10,10 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from rlhf_core.artifacts import ArtifactRef, FileEntry, inside
+from rlhf_core.artifacts import ArtifactRef, FileEntry
+from rlhf_core.entries import Inside
 from rlhf_core.errors import IntegrityError
 from rlhf_core.resources import Resources
 from rlhf_core.sealed import unseal
@@ -60,16 +61,11 @@ class JobResult(Frozen):
     """What a finished job says of itself."""
 
     job_id: str
-    folder: str = Field(description="where the files are, relative to the artifact's folder")
+    folder: Inside = Field(description="where the files are, relative to the artifact's folder")
     files: tuple[FileEntry, ...]
     metrics: dict[str, Any]
     seconds: float = Field(ge=0, description="wall time inside the job")
     provenance: dict[str, Any] = {}
-
-    @field_validator("folder")
-    @classmethod
-    def _inside(cls, folder: str) -> str:
-        return inside(folder)
 
 
 def read_job(url: str) -> tuple[Store, JobSpec]:

@@ -18,7 +18,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from rlhf_core.batches import Row, open_rows, step_rows
-from rlhf_core.checkpointing import Checkpointer
+from rlhf_core.checkpointing import Checkpointer, Resumable
 from rlhf_core.checkpoints import Position
 from rlhf_core.context import JobContext
 from rlhf_core.errors import IntegrityError
@@ -34,7 +34,7 @@ SAMPLES_LOGGED = 4
 HISTORY = ("score", "kl_sequence", "eos_rate")
 
 
-class PPOStage:
+class PPOStage(Resumable):
     """Owns the loop of one PPO stage on this rank.
 
     Attributes:
@@ -179,14 +179,6 @@ class PPOStage:
         self._count()
         own = {"tokens": self.tokens, "seconds": self.seconds, "history": self.history, "shown": self.shown}
         return {**own, "times": self._times, "world": self.engine.ranks.world, "trainer": self.trainer.record()}
-
-    def accepts(self, record: dict[str, Any]) -> bool:
-        """Any state of this stage can be taken up."""
-        return True
-
-    def shared(self) -> dict[str, Tensor]:
-        """Nothing: what ranks hold alike is in the engines."""
-        return {}
 
     def own(self) -> dict[str, Tensor]:
         """This rank's part of the rollout that is under way."""

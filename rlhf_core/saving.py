@@ -121,8 +121,7 @@ class Save:
         return checkpoints.folder_of(self.context.job.output.id, self.context.job.attempt)
 
     def _confirmation(self, rank: int) -> str:
-        p = self.position
-        return f"{self._place}/confirmed/{p.step:08d}-{p.phase}-{p.update:06d}/rank-{rank:03d}.json"
+        return f"{self._place}/confirmed/{self.position.mark}/rank-{rank:03d}.json"
 
     def _complete(self, began: float) -> None:
         """Rank 0: wait for all, write the marker, then remove what it replaces."""

@@ -89,10 +89,8 @@ class SFTTrainer(Trainer[SFTSpec]):
         if not self.resources.pack_tokens:
             return label_nats(self.engine, [line[0]["input_ids"] for line in lines], labels, pad, device)[0]
         inputs = packed_inputs(self.engine.module, [[row["input_ids"] for row in line] for line in lines], pad, device)
-        logits, counted = (
-            self.engine(**inputs, use_cache=False).logits[:, :-1],
-            right_pad(labels, 0, device)[:, 1:].bool(),
-        )
+        logits = self.engine(**inputs, use_cache=False).logits[:, :-1]
+        counted = right_pad(labels, 0, device)[:, 1:].bool()
         return -target_logprobs(logits[counted], inputs["input_ids"][:, 1:][counted])
 
     @torch.no_grad()

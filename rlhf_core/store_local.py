@@ -2,8 +2,8 @@
 
 A write goes to `.tmp-…` beside its place and is then renamed or linked to it; a killed one leaves that file, which no listing
 shows and `unfinished` finds. Only a folder or file that is not there (any more) counts as absent: one that cannot be read is an
-error, or an outage would look like an empty store. Links
-are listed as the files that they lead to, and never followed into folders.
+error, or an outage would look like an empty store. Links are listed as the files that they lead to, and never followed into
+folders.
 """
 
 import os

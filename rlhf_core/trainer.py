@@ -6,7 +6,7 @@ accuracy with its interval, over all and by source.
 """
 
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from rlhf_core.batches import Row, deal, open_rows, pair_lengths, step_rows, total_steps
-from rlhf_core.checkpointing import Checkpointer
+from rlhf_core.checkpointing import Checkpointer, Resumable
 from rlhf_core.checkpoints import Position
 from rlhf_core.context import JobContext
 from rlhf_core.distributed import gather, start
@@ -31,7 +31,7 @@ from rlhf_core.stats import wilson_interval
 S = TypeVar("S", SFTSpec, RewardSpec, DPOSpec)
 
 
-class Trainer(ABC, Generic[S]):
+class Trainer(Resumable, Generic[S]):
     """Owns the loop of one stage on this rank.
 
     Attributes:
@@ -118,18 +118,6 @@ class Trainer(ABC, Generic[S]):
     def record(self) -> dict[str, Any]:
         """Counters, for a checkpoint."""
         return {"tokens": self.tokens, "seconds": self.seconds, "metrics": self.metrics}
-
-    def shared(self) -> dict[str, Tensor]:
-        """Tensors beside the engine that all ranks hold alike."""
-        return {}
-
-    def own(self) -> dict[str, Tensor]:
-        """Tensors beside the engine that each rank has for itself."""
-        return {}
-
-    def accepts(self, record: dict[str, Any]) -> bool:
-        """Any state of this stage can be taken up."""
-        return True
 
     def resume(
         self, position: Position, record: dict[str, Any], shared: dict[str, Tensor], own: Sequence[dict[str, Tensor]]

@@ -113,13 +113,14 @@ def _build(
 ) -> Stage:
     """Run one job of the stage, if it still needs one, and publish its result. Busy: another run holds the lease."""
     number = free_number(store, planned.ref)
-    if not _is_due(store, planned, force):
+    due = _is_due(store, planned, force)
+    if not due:
         # The last holder may have finished by now; should anybody else come between, the number is taken.
         if manifest := find(store, planned.ref):
             return Stage(manifest, "reused")
         if manifest := publish_finished(store, planned, provenance, number):
             return Stage(manifest, "published")
-    since = number if _is_due(store, planned, force) else retired_before(store, planned.ref)
+    since = number if due else retired_before(store, planned.ref)
     with take(store, job_of(store, config, planned, since), number) as lease:
         end_leftovers(lease.job)
         if force:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlhf_core.aliases import promote
 from rlhf_core.artifacts import ArtifactRef, FileEntry, Manifest, make_ref, publish
-from rlhf_core.checkpoints import Checkpoint, Position, part_of
+from rlhf_core.checkpoints import Checkpoint, Part, Position
 from rlhf_core.job import JobResult, JobSpec
 from rlhf_core.sealed import seal
 from rlhf_core.store import Store
@@ -91,7 +91,7 @@ def save(
     """A checkpoint of an unfinished artifact."""
     made = Checkpoint(
         artifact=ref.id, attempt=attempt, position=Position(step=step), world=1, created=created or ago(minutes=0), kept=kept,
-        parts=tuple(part_of(name, data) for name, data in parts.items()),
+        parts=tuple(Part(name=n, size=len(d), sha256=hashlib.sha256(d).hexdigest()) for n, d in parts.items()),
     )  # fmt: skip
     for part, data in zip(made.parts, parts.values(), strict=True):
         store.write(made.part_key(part), data)

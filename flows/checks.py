@@ -7,17 +7,19 @@ them; `check_machine` at what the stages that will be built need of this machine
 import ast
 import importlib.util
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from rlhf_core import launch
+from rlhf_core import hosts, launch
 from rlhf_core.config import PipelineConfig
 from rlhf_core.errors import ConfigError
 from rlhf_core.resources import Resources
 from rlhf_core.sources import local_path
 from rlhf_core.specs import FunctionReward, LoRASpec, StageName
+from rlhf_core.ssh import require_ssh
 
 
 def check_functions(config: PipelineConfig) -> None:
@@ -58,16 +60,26 @@ def _require_function(file: Path, name: str, field: str) -> None:
 
 
 def check_machine(config: PipelineConfig, stages: Iterable[StageName]) -> None:
-    """ConfigError if a stage cannot run here as its resources say: GPUs, precision, folders, packed rows."""
+    """ConfigError if a stage cannot run as its resources say: GPUs, precision, folders, packed rows, nodes.
+
+    Of other machines only what is written down is looked at; what they have they say themselves before the ranks start.
+    """
     for stage in stages:
         try:
             resources = config.resources.of(stage)
         except ValidationError as error:
             raise ConfigError(f"resources.stages.{stage}: {error.errors()[0]['msg']}") from None
-        _check_devices(config, stage, resources)
+        if resources.launcher == "local":
+            _check_devices(config, stage, resources)
+        else:
+            _check_nodes(config, stage, resources)
         if stage == "ppo":
             _check_shared(config, resources)
-        if resources.nvme_path and not os.access(Path(resources.nvme_path).expanduser(), os.W_OK):
+        if (
+            resources.launcher == "local"
+            and resources.nvme_path
+            and not os.access(Path(resources.nvme_path).expanduser(), os.W_OK)
+        ):
             raise ConfigError(
                 f"resources.nvme_path: {resources.nvme_path!r} is not a folder this process may write to; make it"
             )
@@ -77,6 +89,21 @@ def check_machine(config: PipelineConfig, stages: Iterable[StageName]) -> None:
                 f"resources.pack_tokens: {resources.pack_tokens} is less than the longest row, data.max_prompt_tokens "
                 f"+ max_response_tokens = {longest}; raise it"
             )
+
+
+def _check_nodes(config: PipelineConfig, stage: StageName, resources: Resources) -> None:
+    """ConfigError if the hostfile, the slots or the batch do not fit, or what starts the nodes is not here."""
+    hosts.seats(
+        resources, hosts.batch_of(stage, getattr(config, stage).model_dump()), field=hosts.BATCHES.get(stage, stage)
+    )
+    if resources.launcher == "hostfile":
+        require_ssh(resources.cluster)
+    if resources.launcher == "slurm" and not shutil.which("sbatch"):
+        raise ConfigError(
+            "resources.launcher: slurm needs sbatch on this machine; run it on a login node of the cluster"
+        )
+    if config.store.startswith("memory://"):
+        raise ConfigError(f"store: {config.store} lives in this process alone, and nodes are others; use s3://")
 
 
 def _check_shared(config: PipelineConfig, resources: Resources) -> None:
@@ -100,4 +127,4 @@ def _check_devices(config: PipelineConfig, stage: StageName, resources: Resource
         if lora and lora.quantize and on_cpu:
             raise ConfigError(f"{stage}.{name}.quantize: {lora.quantize} needs a GPU and this machine shows none")
     if stage != "data":
-        launch._devices(resources.processes)  # the launcher's own rule, before the stages that come first
+        launch.devices(resources.processes)  # the launcher's own rule, before the stages that come first

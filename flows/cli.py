@@ -20,8 +20,9 @@ from rich.markup import escape
 
 from flows.artifacts_cli import artifacts
 from flows.evaluation import EvalFailed, Set, StoreOption, evaluate
+from flows.node_cli import node
 from flows.selection import forced_stages, plan_run, plan_to_run
-from flows.show import err, out, show_plan, show_results, table
+from flows.show import err, out, show_checks, show_hosts, show_plan, show_results
 from flows.targets import DEFAULT_STORE, MODEL_FOLDERS, resolve, stage_name
 from rlhf_core import __version__
 from rlhf_core.config import PipelineConfig, load_config
@@ -92,7 +93,7 @@ def plan(
     """Show for each stage whether it will be reused, resumed or built, and why. Starts nothing."""
     _allow_code(allow_code)
     loaded = load_config(config, sets or ())
-    show_plan(plan_run(loaded, Store(loaded.store), _forced(loaded, force, first)))
+    show_plan(plan_run(loaded, Store(loaded.store), _forced(loaded, force, first)), loaded)
 
 
 @app.command()
@@ -119,7 +120,7 @@ def run(
     loaded = loaded.model_copy(update={"store": store.url})  # a relative path means the same to whoever reads the run
     forced, only = _forced(loaded, force, first), stage_name(stage) if stage else None
     planned = (plan_run if dry_run else plan_to_run)(loaded, store, forced, only)
-    show_plan(planned)
+    show_plan(planned, loaded)
     if dry_run:
         return
     # While a flow runs, Prefect handles SIGTERM: it records the end and then has the signal handled as before.
@@ -223,23 +224,47 @@ def chat(
 
 
 app.command("eval")(evaluate)
+app.command()(node)
 
 
 @app.command()
 def doctor(
-    store: Annotated[str, typer.Option("--store", metavar="URL", help="store to try")] = DEFAULT_STORE,
+    target: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG|STORE]", help="a pipeline YAML whose store, or a store, to try")
+    ] = None,
+    store: Annotated[
+        str | None, typer.Option("--store", metavar="URL", help=f"store to try; default {DEFAULT_STORE}")
+    ] = None,
+    hosts: Annotated[
+        str | None,
+        typer.Option("--hosts", metavar="FILE|NAMES", help="look at these over ssh: a hostfile, or node1,node2"),
+    ] = None,
+    sets: Set = None,
 ) -> None:
-    """Check that this machine can run the pipeline; exit code 1 if something is missing."""
-    from rlhf_core.doctor import checks
+    """Check that this machine can run the pipeline; exit code 1 if something is missing.
 
-    rows = table("", "check", "detail")
-    found = checks(store)
-    for check in found:
-        mark = {True: "[green]ok[/]", False: "[red]no[/]", None: "[yellow]?[/]"}[check.ok]
-        remedy = f"\n[yellow]{escape(check.remedy)}[/]" if check.remedy else ""
-        rows.add_row(mark, check.name, escape(check.detail) + remedy)
-    out.print(rows)
-    raise typer.Exit(1 if any(check.ok is False for check in found) else 0)
+    With --hosts: that those machines can, each looked at over ssh as before a job; exit code 2 and one line for each reason why
+    not. A CONFIG with launcher hostfile names its hosts itself; both are checked then.
+    """
+    from rlhf_core.doctor import checks
+    from rlhf_core.doctor_hosts import check_hosts, has_hosts, hosts_of
+
+    config = load_config(target, sets or ()) if target and target.endswith((".yaml", ".yml")) else None
+    url = store or (config.store if config else target) or DEFAULT_STORE
+    bad = False
+    if hosts is None:
+        found = checks(url)
+        show_checks(found)
+        bad = any(check.ok is False for check in found)
+    if hosts is not None or (config and has_hosts(config)):
+        findings = check_hosts(url, hosts_of(config, hosts))
+        show_hosts(findings)
+        refusals = [text for finding in findings for text in finding.refusals]
+        for text in refusals:
+            err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+        if refusals:
+            raise typer.Exit(ExitCode.CONFIG)
+    raise typer.Exit(1 if bad else 0)
 
 
 def _forced(config: PipelineConfig, force: list[str] | None, first: str | None) -> tuple[StageName, ...]:

@@ -9,10 +9,18 @@ from rich.table import Table
 from rich.tree import Tree
 
 from rlhf_core.artifacts import ArtifactRef, Manifest, read_manifest
+from rlhf_core.config import PipelineConfig
+from rlhf_core.doctor import Check
+from rlhf_core.doctor_hosts import HostFinding
+from rlhf_core.errors import ConfigError
+from rlhf_core.hosts import batch_of, is_unnamed, seats
 from rlhf_core.plan import StagePlan
+from rlhf_core.resources import Resources
+from rlhf_core.specs import StageName
 from rlhf_core.store import Store
 from tasks.headline import duration, headline, number, size, speed
 
+MARKS = {True: "[green]ok[/]", False: "[red]no[/]", None: "[yellow]?[/]"}
 PIPE_WIDTH = 160  # columns where the output is no terminal
 out = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 err = Console(stderr=True, highlight=False)
@@ -27,13 +35,76 @@ def table(*columns: str, title: str | None = None) -> Table:
     return made
 
 
-def show_plan(plan: Iterable[StagePlan]) -> None:
-    """One row a stage: what will happen, why, and the artifact it gives."""
+def show_plan(plan: Iterable[StagePlan], config: PipelineConfig | None = None) -> None:
+    """One row a stage: what will happen, why, and the artifact it gives; with `config` also on which nodes, if on several."""
     rows = table("stage", "action", "artifact", "why")
-    for planned in plan:
+    stages = list(plan)
+    for planned in stages:
         colour = "green" if planned.action == "reuse" else "yellow"
         action = f"[{colour}]{planned.action}[/]"
         rows.add_row(planned.stage, action, planned.ref.id, escape(planned.why))
+    out.print(rows)
+    if config:
+        show_nodes(config, [planned.stage for planned in stages if planned.action != "reuse"])
+
+
+def show_nodes(config: PipelineConfig, stages: Iterable[StageName]) -> None:
+    """One line for each set of nodes that stages run on; nothing for stages on this machine alone."""
+    found: dict[str, list[str]] = {}
+    for stage in stages:
+        resources = config.resources.of(stage)
+        if resources.launcher != "local":
+            found.setdefault(nodes_text(resources, batch_of(stage, getattr(config, stage).model_dump())), []).append(
+                stage
+            )
+    for text, names in found.items():
+        out.print(f"nodes   {', '.join(names)}: {text}", soft_wrap=True, markup=False)
+    if found and config.store.partition("://")[0] not in ("s3", "memory"):
+        out.print(f"store   {config.store}: all nodes must see it, on a file system that they share", soft_wrap=True)
+
+
+def nodes_text(resources: Resources, batch: int | None) -> str:
+    """The nodes of a stage, e.g. `2 x 8 processes over ssh: node1, node2`; what is wrong with them, where that shows already."""
+    how = {"hostfile": "over ssh", "slurm": "by Slurm", "nodes": "started elsewhere by `rlhf node`"}[resources.launcher]
+    try:
+        places = seats(resources, batch)
+    except ConfigError as error:
+        return str(error)
+    names = "" if is_unnamed(places[0]) else f": {', '.join(seat.host for seat in places)}"
+    return f"{len(places)} x {resources.processes} processes {how}{names}"
+
+
+def show_checks(found: Iterable[Check]) -> None:
+    """One row a check of this machine."""
+    rows = table("", "check", "detail")
+    for check in found:
+        remedy = f"\n[yellow]{escape(check.remedy)}[/]" if check.remedy else ""
+        rows.add_row(MARKS[check.ok], check.name, escape(check.detail) + remedy)
+    out.print(rows)
+
+
+def show_hosts(found: Iterable[HostFinding]) -> None:
+    """One row a host: whether it can take part, and what it has."""
+    rows = table(
+        "", "host", "answered", "Python", "torch", "deepspeed", "computes on", "cores", "memory free", "disk free"
+    )
+    for finding in found:
+        facts, mark = finding.facts, MARKS[not finding.refusals]
+        if facts is None:
+            rows.add_row(mark, finding.host, "no")
+            continue
+        rows.add_row(
+            mark,
+            finding.host,
+            duration(finding.seconds),
+            facts.python,
+            facts.versions.get("torch", "-"),
+            facts.versions.get("deepspeed", "-"),
+            "cpu" if facts.accelerator == "cpu" else f"{facts.devices} GPUs",
+            str(facts.cores),
+            size(facts.memory_free),
+            size(facts.disk_free),
+        )
     out.print(rows)
 
 

@@ -43,6 +43,7 @@ __all__ = [
     "parse_manifest",
     "publish",
     "read_manifest",
+    "require_manifest",
     "retired_before",
     "sha256_file",
     "survey",
@@ -109,6 +110,10 @@ class Manifest(Frozen):
                 return entry
         raise KeyError(path)
 
+    def files_of(self, part: str) -> tuple[FileEntry, ...]:
+        """The entries of one file or of all files in a folder; none if there is no such thing."""
+        return tuple(entry for entry in self.files if entry.path == part or entry.path.startswith(f"{part}/"))
+
 
 def make_ref(stage: StageName, name: str, spec: dict[str, Any], inputs: dict[str, ArtifactRef]) -> ArtifactRef:
     """The id of what `stage` makes of `spec` and `inputs`: a hash of both and of nothing else."""
@@ -131,6 +136,14 @@ def read_manifest(store: Store, ref: ArtifactRef) -> Manifest | None:
     if manifest is not None and manifest.ref != ref:
         where = f"{store.url}/{ref.id}/{MANIFEST}"
         raise IntegrityError(f"{where}: is the manifest of {manifest.ref.fingerprint}, not {ref.fingerprint}")
+    return manifest
+
+
+def require_manifest(store: Store, ref: ArtifactRef) -> Manifest:
+    """The manifest of an artifact that must be there; IntegrityError if it is not published."""
+    manifest = read_manifest(store, ref)
+    if manifest is None:
+        raise IntegrityError(f"{store.url}/{ref.id}: not published; run the stage that makes it first")
     return manifest
 
 
@@ -225,25 +238,25 @@ def retired_before(store: Store, ref: ArtifactRef) -> int:
     return max(numbers)
 
 
-def fetch(store: Store, ref: ArtifactRef, cache: Path) -> tuple[Path, Manifest]:
+def fetch(store: Store, ref: ArtifactRef, cache: Path, part: str | None = None) -> tuple[Path, Manifest]:
     """A local folder with the artifact's files, verified, and its manifest.
 
-    A local store is read in place; a link in it that leads out of it is refused. Otherwise files go to `cache` (see there),
-    once for all processes of the node, several at a time. That folder belongs to one store and one list of files, so an
-    artifact that was built anew is fetched anew.
+    With `part`, a file or a folder in it, only that is verified and brought, and nothing if there is no such part. A local
+    store is read in place; a link in it that leads out of it is refused. Otherwise files go to `cache` (see there), once for all
+    processes of the node, several at a time. That folder belongs to one store and one list of files, so an artifact that was
+    built anew is fetched anew.
 
     Raises:
         IntegrityError: not published, or what is stored is not what the manifest says.
         ConfigError: others may write to `cache`, or its disk has no room.
     """
-    manifest = read_manifest(store, ref)
-    if manifest is None:
-        raise IntegrityError(f"{store.url}/{ref.id}: not published; run the stage that makes it first")
+    whole = require_manifest(store, ref)
+    manifest = whole.model_copy(update={"files": whole.files_of(part)}) if part else whole
     in_place = store.local_path(manifest.place)
     if in_place is not None:
         _refuse_links_out(Path(store.root), [in_place / entry.path for entry in manifest.files])
         verify(store, manifest)
-        return in_place, manifest
+        return in_place, whole
 
     def download(entry: FileEntry, local: Path) -> None:
         try:
@@ -252,7 +265,7 @@ def fetch(store: Store, ref: ArtifactRef, cache: Path) -> tuple[Path, Manifest]:
             raise IntegrityError(f"{entry.path}: missing; the manifest lists it") from None
 
     try:
-        return take(cache, _cache_key(store, manifest), manifest.files, download), manifest
+        return take(cache, _cache_key(store, manifest), manifest.files, download), whole
     except IntegrityError as error:
         raise IntegrityError(f"{store.url}/{ref.id}: {error}") from error
 

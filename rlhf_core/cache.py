@@ -5,7 +5,8 @@
 `{key}.use` is held, shared, by every process that has taken the folder, for as long as it lives: the kernel lets go of it however
 the process ends, also in another container. Before a download, folders go that nobody holds and that were not taken for a day,
 the least recently taken first, until the cache is below its limit (RLHF_CACHE_GB, 100 by default). The limit gives way to what
-is in use. Not here: what the files are and where they come from.
+is in use. Copies of checkpoints (`local_parts`) lie here too, below `checkpoints/`, and may go at any time. Not here: what the
+files are and where they come from.
 """
 
 import fcntl
@@ -15,8 +16,9 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from rlhf_core.entries import FileEntry, sha256_file
 from rlhf_core.errors import ConfigError, IntegrityError
@@ -28,6 +30,7 @@ IDLE_SECONDS = (
 )  # what was taken since then stays, though nobody holds it: a pipeline's next stage may want it
 LIMIT_GB = 100.0
 SPARE_BYTES = 64 << 20  # room that a download leaves on the disk
+COPIES = "checkpoints"  # in it a folder for each artifact, and in that one for each checkpoint
 
 _held: dict[str, int] = {}  # open `.use` files of this process; closed by its end and never before
 
@@ -51,7 +54,7 @@ def take(cache: Path, key: str, files: Sequence[FileEntry], download: Callable[[
         if not _intact(folder, files):
             shutil.rmtree(folder, ignore_errors=True)
             shutil.rmtree(_part(folder), ignore_errors=True)
-            make_room(cache, sum(entry.size for entry in files))
+            _require_room(cache, sum(entry.size for entry in files))
             _fill(folder, files, download)
         _hold(cache / f"{key}.use")
     return folder
@@ -83,21 +86,45 @@ def limit_bytes() -> float:
     return limit * 1e9
 
 
-def make_room(cache: Path, needed: int) -> None:
-    """Remove what may go until `needed` bytes fit below the limit and on the disk; ConfigError if the disk has no room."""
+def make_room(cache: Path, new: int, disk: int) -> Literal["limit", "disk"] | None:
+    """Remove what may go, the least recently taken first, until there is room.
+
+    Args:
+        cache: the folder of all.
+        new: bytes that are to be added, for the limit.
+        disk: bytes that are to be free on the disk, besides those that are always spared.
+
+    Returns:
+        What is still too small, the disk before all, or None.
+    """
     limit = limit_bytes()
-    folders = [f for f in cache.iterdir() if f.is_dir()]
+    folders = [f for f in cache.iterdir() if f.is_dir() and f.name != COPIES]
     for left in [f for f in folders if f.suffix == ".part"]:
         with _locked(left.with_suffix(".lock"), wait=False) as alone:
             if alone:
                 shutil.rmtree(left, ignore_errors=True)
-    sizes = {f: _size(f) for f in folders if f.suffix != ".part"}
+    copies = set(cache.glob(f"{COPIES}/*/*"))
+    sizes = {f: _size(f) for f in (*folders, *copies) if f.suffix != ".part"}
+
+    def lacking() -> Literal["limit", "disk"] | None:
+        if _free(cache) < disk + SPARE_BYTES:
+            return "disk"
+        return "limit" if sum(sizes.values()) + new > limit else None
+
     for folder in sorted(sizes, key=_taken):
-        if sum(sizes.values()) + needed <= limit and _free(cache) >= needed + SPARE_BYTES:
-            return
-        if time.time() - _taken(folder) > IDLE_SECONDS and _remove(folder):
+        if not lacking():
+            return None
+        if folder in copies:
+            shutil.rmtree(folder, ignore_errors=True)
             del sizes[folder]
-    if _free(cache) < needed + SPARE_BYTES:
+        elif time.time() - _taken(folder) > IDLE_SECONDS and _remove(folder):
+            del sizes[folder]
+    return lacking()
+
+
+def _require_room(cache: Path, needed: int) -> None:
+    """Make room for a download as far as can be; ConfigError if the disk has none. The limit gives way."""
+    if make_room(cache, needed, needed) == "disk":
         raise ConfigError(
             f"{cache}: {needed:,} bytes of inputs and {SPARE_BYTES:,} to spare are needed, the disk has {_free(cache):,} free; "
             "free some, lower RLHF_CACHE_GB, or set TMPDIR to a larger disk"
@@ -156,13 +183,22 @@ def _part(folder: Path) -> Path:
 
 
 def _taken(folder: Path) -> float:
-    """When a folder was last taken, seconds of the clock."""
-    use = folder.with_name(f"{folder.name}.use")
-    return (use if use.exists() else folder).stat().st_mtime
+    """When a folder was last taken, seconds of the clock; 0 if it is gone."""
+    for file in (folder.with_name(f"{folder.name}.use"), folder):
+        with suppress(FileNotFoundError):
+            return file.stat().st_mtime
+    return 0.0
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of the files in a folder, as far as they are still there; one that is in several places counts in parts."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                found = os.lstat(os.path.join(place, name))
+                total += found.st_size // max(1, found.st_nlink)
+    return total
 
 
 def _free(folder: Path) -> int:

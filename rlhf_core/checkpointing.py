@@ -5,11 +5,9 @@ ranks agree there whether to save: by steps, by minutes, because the machine is 
 been made with weights that are saved already, so that only the rollout is new. A save writes this rank's state to local disk and
 returns; `saving` stores it while training goes on. A save that fails is told at the next step and tried again; one after the
 other that fails ends the stage. `restore` takes the newest checkpoint that is whole, down to the checksums of what each rank
-reads, and passes over what is damaged.
+reads, and passes over what is damaged. What this node wrote itself it need not fetch (`local_parts`).
 """
 
-import fcntl
-import os
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -25,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_core import checkpoints, preemption
-from rlhf_core.artifacts import describe, sha256_file
+from rlhf_core.artifacts import describe
 from rlhf_core.checkpoints import Checkpoint, Part, Position
 from rlhf_core.context import JobContext
 from rlhf_core.distributed import Ranks, any_rank, gather, sum_over_ranks
@@ -33,6 +31,7 @@ from rlhf_core.ema import EMA
 from rlhf_core.engine_state import EngineState
 from rlhf_core.errors import ConfigError, IntegrityError, Preempted, StoreError
 from rlhf_core.generators import differing, generators, set_generators
+from rlhf_core.local_parts import LocalParts
 from rlhf_core.saving import Save
 from rlhf_core.sealed import seal, unseal
 from rlhf_core.specs import Frozen
@@ -125,6 +124,7 @@ class Checkpointer:
         self._ages: dict[str, tuple[int, int]] = {}  # size and time of change of files when they were saved
         self._before: str | None = None  # marker of the checkpoint this job resumed from
         self._restored: list[dict[str, Any]] = []
+        self._copies = LocalParts(context)
         self._calls = 0
         if not self.off:
             preemption.install(plan.notice)
@@ -167,7 +167,8 @@ class Checkpointer:
         if stop:
             self._save_and_end(position, reason)
         kept = self._is_milestone(position)
-        due = always or kept or self._by_steps(position) or ((late or self._is_cheap(position)) and not busy)
+        by_steps = self._by_steps(position) or (last and self.plan.every_steps is not None)
+        due = always or kept or by_steps or ((late or self._is_cheap(position)) and not busy)
         if position != self._saved and (due or failed):
             self.save(position, kept)
             self._last_seconds = time.monotonic() - began
@@ -233,14 +234,15 @@ class Checkpointer:
             self._forget_failed(final=False)
         shutil.rmtree(self._local, ignore_errors=True)
         try:
-            files, same = self._snapshot()
+            files, same = self._snapshot_making_room()
         except (OSError, SafetensorError) as error:
             raise StoreError(
                 f"the checkpoint of {position} cannot be written to {self._local}: {error}; make room there, or set "
                 "TMPDIR to another folder"
             ) from error
         layout = {name: engine.layout for name, engine in self.engines.items()}
-        self._save = Save(self.context, position, kept, self._local, files, same, self._parts, layout, self._before)
+        before = self._parts, layout, self._before
+        self._save = Save(self.context, position, kept, self._local, files, same, *before, self._copies)
         self._saved, self._saved_at, self._moves = position, time.monotonic(), self._now()
         self.saves += 1
 
@@ -263,6 +265,16 @@ class Checkpointer:
         self._save, self._parts, self._failures = None, save.parts, 0
         self.stored += save.stored
         return False
+
+    def _snapshot_making_room(self) -> tuple[dict[str, Path], dict[str, Part]]:
+        """As `_snapshot`; copies that only save time make room if they must."""
+        try:
+            return self._snapshot()
+        except (OSError, SafetensorError):
+            if not self._copies.forget():
+                raise
+            shutil.rmtree(self._local, ignore_errors=True)
+            return self._snapshot()
 
     def _snapshot(self) -> tuple[dict[str, Path], dict[str, Part]]:
         """This rank's state as local files; parts that are stored already are named only."""
@@ -293,6 +305,7 @@ class Checkpointer:
 
     def _snapshot_files(self, files: dict[str, Path], same: dict[str, Part]) -> None:
         """What the stage has written to its output folder so far: copies, as a file may grow while it is stored."""
+        ages: dict[str, tuple[int, int]] = {}
         for path in sorted(p for p in self.context.out.rglob("*") if p.is_file()):
             name = FILES + path.relative_to(self.context.out).as_posix()
             age = path.stat().st_size, path.stat().st_mtime_ns
@@ -300,7 +313,8 @@ class Checkpointer:
                 same[name] = self._parts[name]
             else:
                 shutil.copyfile(path, self._new(files, name))
-            self._ages[name] = age
+            ages[name] = age
+        self._ages = ages
 
     def _new(self, files: dict[str, Path], name: str) -> Path:
         path = files[name] = self._local / name
@@ -326,6 +340,7 @@ class Checkpointer:
         if self._wait():
             self._failures = 0
             self._forget_failed(final=False)
+        self._copies.forget()
 
     # --- what need not be finished ---------------------------------------------------------------------------------
 
@@ -380,7 +395,7 @@ class Checkpointer:
             marker, problem = None, None
             try:
                 marker = checkpoints.read_marker(store, job.output, key)
-                fetched = {part.name: self._fetch(marker, part) for part in self._mine(marker)}
+                fetched = {part.name: self._copies.bring(marker, part) for part in self._mine(marker)}
             except (IntegrityError, KeyError) as error:
                 problem = f"{key}: missing" if isinstance(error, KeyError) else str(error)
             if problems := [text for text in gather(problem) if text]:
@@ -389,6 +404,7 @@ class Checkpointer:
                 continue
             assert marker is not None
             if self._take_up(marker, fetched):
+                self._copies.settle(marker, fetched)
                 return marker.position, False
         if found:
             self.context.say("no checkpoint can be taken up: the stage starts from its beginning")
@@ -410,31 +426,6 @@ class Checkpointer:
             wanted += [part] if mine or name.startswith(f"rank-{self.ranks.rank:03d}.") else []
         return wanted
 
-    def _fetch(self, marker: Checkpoint, part: Part) -> Path:
-        """A local, verified file with a part; in place where the store is local, else fetched once for all ranks here."""
-        store, key = self.context.store, marker.part_key(part)
-        path = store.local_path(key)
-        if path is None:
-            path = self._shared_folder / part.sha256
-            with path.with_suffix(".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not path.exists():
-                    store.download(key, path)
-        try:
-            found = sha256_file(path)
-        except FileNotFoundError:
-            raise IntegrityError(f"{store.url}/{key}: missing; {marker} lists it as {part.name}") from None
-        if found != part.sha256:
-            raise IntegrityError(f"{store.url}/{key}: content differs from its name, the sha256 of {part.name}")
-        return path
-
-    @property
-    def _shared_folder(self) -> Path:
-        """What the ranks of this job on this machine have fetched; removed with the job's scratch folder."""
-        folder = Path(os.environ.get("RLHF_SCRATCH") or self.context.scratch) / "resume"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
     def _take_up(self, marker: Checkpoint, fetched: Mapping[str, Path]) -> bool:
         """Put everything into the state that is in the files; False if the trainer cannot use it. Collective."""
         names = [f"rank-{rank:03d}" for rank in range(marker.world)]
@@ -452,14 +443,19 @@ class Checkpointer:
         own = [load_file(fetched[part]) for name in names if (part := f"state/{name}.safetensors") in fetched]
         shared = load_file(fetched[SHARED]) if SHARED in fetched else {}
         self._restore_files(fetched)
-        self._restored = [*own_record.resumed, {"attempt": marker.attempt, "from": str(marker.position)}]
+        bytes_local, bytes_fetched = sum_over_ranks([self._copies.local, self._copies.fetched])
+        here = {"bytes_local": int(bytes_local), "bytes_fetched": int(bytes_fetched)}
+        self._restored = [*own_record.resumed, {"attempt": marker.attempt, "from": str(marker.position), **here}]
         self.trainer.resume(marker.position, own_record.record, shared, own)
         self.context.started = time.monotonic() - own_record.seconds
         self.context.resumed = self._restored
         self._saved, self._before, self._saved_at = marker.position, marker.key, time.monotonic()
         self._moves = self._now()
         set_generators(own_record.generators)
-        self.context.say(f"resumed from {marker}, written by {marker.world} processes, {marker.created}")
+        self.context.say(
+            f"resumed from {marker}, written by {marker.world} processes, {marker.created}; "
+            f"{bytes_local / 1e6:.1f} MB of it from local disks, {bytes_fetched / 1e6:.1f} MB from the store"
+        )
         if self.ranks.rank == 0 and (other := differing(marker.versions)):
             self.context.say(f"written with {other}: the result may differ in the last bits from an undisturbed run's")
         return True

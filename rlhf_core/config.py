@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlhf_core.credentials import FIELD, KEY_ID, USER_INFO
 from rlhf_core.errors import ConfigError
+from rlhf_core.hosts import BATCHES, batch_of, is_known, seats
 from rlhf_core.resources import ResourceTable
 from rlhf_core.specs import (
     DataSpec,
@@ -62,19 +63,10 @@ class PipelineConfig(Frozen):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
-        rules: tuple[tuple[StageName, str, int], ...] = (
-            ("sft", "sft.batch_size", self.sft.batch_size),
-            ("reward", "reward.batch_size", self.reward.batch_size),
-            ("dpo", "dpo.batch_size", self.dpo.batch_size),
-            ("ppo", "ppo.rollout_batch_size / ppo.minibatches", self.ppo.rollout_batch_size // self.ppo.minibatches),
-        )
-        for stage, field, size in rules:
-            processes = self.resources.of(stage).processes
-            if size % processes:
-                raise ValueError(
-                    f"{field} = {size} cannot be divided among {processes} processes; "
-                    f"use a multiple of {processes} or change resources.processes"
-                )
+        for stage, field in BATCHES.items():
+            resources, size = self.resources.of(stage), batch_of(stage, getattr(self, stage).model_dump())
+            if is_known(resources):  # else the hostfile says, when a run begins
+                seats(resources, size, field=field)
         return self
 
     @model_validator(mode="after")

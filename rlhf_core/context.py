@@ -1,6 +1,6 @@
 """What a stage sees of the job it runs in: its spec, its inputs on local disk, its output folder, and a way to report.
 
-One `JobContext` a rank. Rank 0 alone prints progress and writes `metrics.jsonl`; all ranks may read inputs. Nothing here
+One `JobContext` a rank. Rank 0 alone writes `metrics.jsonl`; all ranks may read inputs and tell how far they are. Nothing here
 imports torch, so that the data stage starts fast.
 """
 
@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.artifacts import Manifest, fetch, job_cache
+from rlhf_core.artifacts import Manifest, fetch, job_cache, require_manifest
 from rlhf_core.job import JobSpec, progress_line
+from rlhf_core.ranklog import redirected
 from rlhf_core.store import Store
 
 ALIVE_SECONDS = 10.0  # between signs of life
@@ -43,7 +44,8 @@ class JobContext:
     started: float = field(default_factory=time.monotonic)
     resumed: list[dict[str, Any]] = field(default_factory=list)
     _last: dict[str, Any] = field(default_factory=lambda: {"step": 0, "total": 1, "phase": "start"})
-    _fetched: dict[str, tuple[Path, Manifest]] = field(default_factory=dict)
+    _fetched: dict[tuple[str, str], Path] = field(default_factory=dict)
+    _manifests: dict[str, Manifest] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -60,26 +62,36 @@ class JobContext:
         """Whether this rank reports and writes."""
         return self.rank == 0
 
-    def input(self, name: str) -> Path:
-        """Local folder of an input artifact, verified, e.g. input("sft") / "model"."""
-        return self._fetch(name)[0]
+    def input(self, name: str, part: str) -> Path:
+        """Local path of a file or folder of an input artifact, verified, e.g. input("sft", "model"); nothing else is fetched.
+
+        If there is no such part of it, there is nothing at that path.
+        """
+        if (name, part) not in self._fetched:
+            folder, self._manifests[name] = fetch(self.store, self.job.inputs[name], job_cache(), part)
+            self._fetched[name, part] = folder / part
+        return self._fetched[name, part]
+
+    def has_input(self, name: str, part: str) -> bool:
+        """Whether an input artifact has such a file or folder."""
+        return bool(self.input_manifest(name).files_of(part))
 
     def input_manifest(self, name: str) -> Manifest:
         """Manifest of an input artifact."""
-        return self._fetch(name)[1]
-
-    def _fetch(self, name: str) -> tuple[Path, Manifest]:
-        if name not in self._fetched:
-            self._fetched[name] = fetch(self.store, self.job.inputs[name], job_cache())
-        return self._fetched[name]
+        if name not in self._manifests:
+            self._manifests[name] = require_manifest(self.store, self.job.inputs[name])
+        return self._manifests[name]
 
     def progress(
         self, step: int, total: int, phase: str, metrics: dict[str, float] | None = None, unit: str = "step"
     ) -> None:
-        """Tell the control plane how far this stage is; also the sign of life that keeps it from being ended as hung."""
+        """Tell the control plane how far this rank is; rank 0's word is also what keeps a stage from being ended as hung.
+
+        Ranks that share one output leave it to rank 0, whose progress theirs would be taken for.
+        """
         event = {"step": step, "total": total, "unit": unit, "phase": phase, "metrics": metrics or {}}
         self._last = event
-        if self.is_main:
+        if self.is_main or redirected():
             print(progress_line(event), flush=True)
 
     @contextmanager

@@ -202,18 +202,44 @@ def check_cores() -> Check:
 
 def check_memory() -> Check:
     """Memory that is free for a job, within the cgroup's limit."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    table = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    free, total = table["MemAvailable"], table["MemTotal"]
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-        total = min(total, limit)
-    except (OSError, ValueError):
-        pass  # no cgroup limit ("max")
+    free, total = memory()
     ok = True if free >= MEMORY_GIB * GIB else None
     detail = f"{free / GIB:.1f} GiB free of {total / GIB:.1f}"
     return Check("memory", ok, detail, "" if ok else "lower resources.micro_batch and processes, or end other work")
+
+
+def memory() -> tuple[int, int]:
+    """Bytes that this process and its children may still use, and of how many: the machine's or those of a cgroup above it."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    table = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+    free, total = table["MemAvailable"], table["MemTotal"]
+    for limit, used in cgroup_memory():
+        free, total = min(free, max(0, limit - used)), min(total, limit)
+    return free, total
+
+
+def cgroup_memory(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> Iterator[tuple[int, int]]:
+    """(limit, used) of this process's cgroup and those above it that have a limit, cgroup v2 and v1; files that can be dropped
+    from memory do not count as used."""
+    for line in own.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":
+            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        elif not controllers:
+            base, names = root, ("memory.max", "memory.current", "inactive_file")
+        else:
+            continue
+        # In a container its own cgroup is mounted as the root, while the path is as seen from outside.
+        places = {base, *(base / part for part in (path.strip("/"), *map(str, Path(path.strip("/")).parents)))}
+        for place in places:
+            try:
+                limit, used = (int((place / name).read_text()) for name in names[:2])
+                stat = dict(row.split() for row in (place / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
+                continue  # no limit ("max"), or no such cgroup
+            yield limit, used - int(stat.get(names[2], 0))
 
 
 def check_disk(store_url: str) -> Iterator[Check]:
@@ -232,11 +258,11 @@ def check_disk(store_url: str) -> Iterator[Check]:
         yield Check(name, ok, f"{free / GIB:.1f} GiB free at {place}", remedy)
 
 
-def check_store(store_url: str) -> Check:
-    """Write, read, refuse a second create, delete: what artifacts need of the store."""
+def check_store(store_url: str, patience: float = 5) -> Check:
+    """Write, read, refuse a second create, delete: what artifacts need of the store; `patience`: seconds, as Store takes it."""
     key = f"doctor/{uuid.uuid4().hex}"
     try:
-        store = Store(store_url, patience=5)
+        store = Store(store_url, patience=patience)
     except ConfigError as error:
         return Check("store", False, str(error), "correct the store's URL")
     try:

@@ -42,7 +42,7 @@ class DPOTrainer(Trainer[DPOSpec]):
     def __init__(self, context: JobContext) -> None:
         super().__init__(context, DPOSpec.model_validate(context.job.spec), "reward")
         parts = zero_init(self.resources, self.spec.precision)
-        folder = str(context.input("sft") / "model")
+        folder = str(context.input("sft", "model"))
         model = load_causal_lm(folder, self.spec.dropout, zero_init=parts, quantize=self.quantize)
         for rows in (self.train_rows, self.test_rows):
             answer = max(longest(rows, "chosen_ids"), longest(rows, "rejected_ids"))

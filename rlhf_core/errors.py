@@ -5,6 +5,10 @@ remedy. Entry points print the message alone (no traceback) for `RlhfError` and 
 """
 
 from enum import IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlhf_core.ends import Failure
 
 
 class ExitCode(IntEnum):
@@ -80,11 +84,13 @@ class JobFailed(RlhfError):
 
     Attributes:
         code: the exit code of the job (negative: ended by that signal).
-        reason: one phrase, e.g. "stalled" or "exit code 1".
+        reason: one phrase: the kind of its failure, or "busy", "leftovers", "preempted in vain".
+        failure: what was concluded from how its processes ended; None: no process of it had been started.
     """
 
-    def __init__(self, message: str, code: int, reason: str) -> None:
+    def __init__(self, message: str, code: int, reason: str, failure: "Failure | None" = None) -> None:
         super().__init__(message)
         self.code = code
         self.reason = reason
+        self.failure = failure
         self.exit_code = code if 0 < code < 256 else 1

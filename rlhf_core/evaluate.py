@@ -55,14 +55,13 @@ class Evaluator(Resumable):
         self.spec = EvaluateSpec.model_validate(context.job.spec)
         self.resources = context.job.resources
         self.ranks = start(context.seed)
-        data = context.input("data")
-        self.tokenizer = load_tokenizer(data / "tokenizer")
+        self.tokenizer = load_tokenizer(context.input("data", "tokenizer"))
         self.zero_init = zero_init(self.resources, "fp32")
-        self.prompts = held_out_rows(data / "ppo" / "test", self.spec.prompts, context.seed)
+        self.prompts = held_out_rows(context.input("data", "ppo/test"), self.spec.prompts, context.seed)
         self.batches = self._mine([len(row["prompt_ids"]) for row in self.prompts], self.resources.rollout_micro_batch)
         self.held_out: list[Row] = []
         if self.spec.perplexity:
-            self.held_out = held_out_rows(data / "sft" / "test", HELD_OUT_ROWS, context.seed)
+            self.held_out = held_out_rows(context.input("data", "sft/test"), HELD_OUT_ROWS, context.seed)
         assert self.spec.max_response_tokens is not None, "the plan fills it in"
         self.sampling = Sampling(self.spec.max_response_tokens, self.spec.temperature, vocabulary=len(self.tokenizer))
         self.rollouts: dict[str, list[Rollout]] = {}
@@ -191,18 +190,17 @@ class Evaluator(Resumable):
             loaders["base"] = lambda: base_model(spec, self.tokenizer, context.seed, zero_init=self.zero_init)
         for name, folder in self._aligned().items():
             loaders[name] = partial(load_causal_lm, str(folder), zero_init=self.zero_init)
-        loaders["sft"] = partial(load_causal_lm, str(context.input("sft") / "model"), zero_init=self.zero_init)
+        loaders["sft"] = partial(load_causal_lm, str(context.input("sft", "model")), zero_init=self.zero_init)
         return loaders
 
     def _aligned(self) -> dict[str, Path]:
         """The folders of what preferences made of SFT: PPO's actor and its average, or DPO's model."""
         stage = aligned_of(self.context.job.inputs)
         assert stage, f"evaluate needs ppo or dpo among its inputs, it has {list(self.context.job.inputs)}"
-        folder = self.context.input(stage)
         if stage == "dpo":
-            return {"dpo": folder / "model"}
-        averaged = folder / "actor_ema"
-        return {"ppo": folder / "actor"} | ({"ppo_ema": averaged} if averaged.is_dir() else {})
+            return {"dpo": self.context.input(stage, "model")}
+        names = {"ppo": "actor", "ppo_ema": "actor_ema"}
+        return {name: self.context.input(stage, f) for name, f in names.items() if self.context.has_input(stage, f)}
 
     def _tell(self, phase: str) -> Callable[[int, int], None]:
         def tell(done: int, total: int) -> None:
@@ -238,7 +236,7 @@ class Evaluator(Resumable):
         """Reward scores and gold of all answers of this rank: model -> prompt number -> answer."""
         reward = None
         if "reward" in self.context.job.inputs:
-            folder = self.context.input("reward") / "model"
+            folder = self.context.input("reward", "model")
             model = self.placed(ValueModel.load(folder, zero_init=self.zero_init))
             reward = RewardScorer(folder, self.tokenizer, self.ranks.device, self.resources.micro_batch, model)
         answers: dict[str, dict[int, Answer]] = {name: {} for name in rollouts}
@@ -280,7 +278,7 @@ class Evaluator(Resumable):
             out,
             title=f"{context.job.output.name}: did {label(aligned_of(answers) or '')} help?",
             stages={
-                stage: read_rows(context.input(stage) / "metrics.jsonl")
+                stage: read_rows(context.input(stage, "metrics.jsonl"))
                 for stage in CURVE_STAGES
                 if stage in context.job.inputs
             },

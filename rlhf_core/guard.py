@@ -1,12 +1,12 @@
-"""The process that owns a job: `python -m rlhf_core.guard --job-id ID --parent PID [--grace S --folder DIR] -- COMMAND…`.
+"""The process that owns a job: `python -m rlhf_core.guard --job-id ID --parent PID [--grace S …] -- COMMAND…`.
 
 It stands between the control plane and the launcher, because neither ends a job reliably: a flow killed with -9 signals
-nobody, SIGTERM to `deepspeed` alone leaves its ranks running, and `deepspeed` exits 0 when its launch.py is killed. The
-guard is a session leader and a subreaper, so every process of the job stays its descendant; it ends them all when told
-to (SIGTERM, SIGINT, SIGHUP), when its parent goes, or when the command ends before its ranks. The ranks alone are told
-first, and have the grace to save and exit 75. Processes are found by descent and by RLHF_JOB_ID in their environment,
-never by name. PR_SET_PDEATHSIG fires when the *thread* that started the guard ends, which must thus be the one that
-waits for it; the parent's pid is polled as well. The job's local files go with it. Standard library only.
+nobody, and ranks outlive a launcher that is killed. The guard is a session leader and a subreaper, so every process of the job
+stays its descendant; it ends them all when told to (SIGTERM, SIGINT, SIGHUP), when its parent goes, or when the command ends
+before its ranks. The ranks alone are told first (a command that looks after ranks elsewhere: it alone, `--ask command`), and
+have the grace to save and exit 75; after SIGQUIT there is none. Processes are found by descent and by RLHF_JOB_ID in their
+environment, never by name. PR_SET_PDEATHSIG fires when the *thread* that started the guard ends, which must thus be the one
+that waits for it; the parent's pid is polled as well. The job's local files go with it. Standard library only.
 """
 
 import argparse
@@ -21,10 +21,14 @@ from contextlib import suppress
 
 ORPHANED = 70  # the command ended well, but processes of the job lived on
 NOT_STARTED = 127
+DONE, PREEMPTED = 0, 75  # codes of a command that has ended well although it was told to end
 LINGER_SECONDS = 3.0  # for what ends a moment after its parent, e.g. multiprocessing's resource tracker
 KILL_SECONDS = 5.0  # only a process in uninterruptible sleep survives SIGKILL for so long
 POLL_SECONDS = 0.5
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+AT_ONCE = signal.SIGQUIT  # end without a grace: who hangs cannot save
+AT_ONCE_SECONDS = 1.0  # between SIGTERM and SIGKILL then
+COMMAND_SECONDS = 10.0  # for a command that then has to end ranks elsewhere
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, AT_ONCE)
 TOLD = "told"  # this file in the scratch folder says that the ranks are told to end by their guard
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -151,11 +155,13 @@ def scratch(folder: str | os.PathLike[str]) -> str:
 class Guard:
     """One command, its descendants, and the loop that watches them."""
 
-    def __init__(self, job_id: str, owner: int, grace: float, folder: str | None = None) -> None:
+    def __init__(self, job_id: str, owner: int, grace: float, folder: str | None = None, ask: str = "ranks") -> None:
+        """`ask`: whom to tell first that the job is to end, "ranks" or "command"."""
         self.job_id = job_id
         self.owner = owner
         self.grace = grace
         self.folder = folder
+        self.ask = ask
         self.leader = 0
         self.code: int | None = None
 
@@ -186,44 +192,50 @@ class Guard:
             self.say(f"cannot start {command[0]}: {error.strerror}")
             return NOT_STARTED
         told = self.watch(watched)
-        grace = self.ask_ranks() if told else self.grace
+        grace = self.ask_first(told) if told else self.grace
         stragglers = not told and self.outlived()
         if told or stragglers:
             left = end(self.members, grace, self.reap)
             self.reap()
             if left:
                 self.say(f"could not end {sorted(left)}")
+        if told and self.code not in (DONE, PREEMPTED):
+            return 128 + told  # whatever a launcher that is ended makes of it
         if self.code is None or (stragglers and self.code == 0):
             return ORPHANED
         return self.code
 
-    def watch(self, watched: tuple[int, ...]) -> bool:
-        """Wait; True if the job is to be ended, False if the command ended by itself."""
+    def watch(self, watched: tuple[int, ...]) -> int:
+        """Wait; the signal for which the job is to be ended, 0 if the command ended by itself."""
         while self.code is None:
             received = signal.sigtimedwait(watched, POLL_SECONDS)
             self.reap()
             if received is not None and received.si_signo in STOP_SIGNALS:
                 self.say(f"received {signal.Signals(received.si_signo).name}, ending the job")
-                return True
+                return received.si_signo
             if os.getppid() != self.owner:
                 self.say("the control plane is gone, ending the job")
-                return True
-        return False
+                return signal.SIGTERM
+        return 0
 
-    def ask_ranks(self) -> float:
+    def ask_first(self, told: int) -> float:
         """Tell the ranks to end and wait for the command, while the grace lasts; returns the seconds left of it.
 
-        A launcher that is told would itself end ranks that are saving, and its code would not be theirs.
+        A launcher that is told would itself end ranks that are saving, and its code would not be theirs; a command that is
+        asked in their place needs what it has started to reach them.
         """
-        until = time.monotonic() + self.grace
+        if told == AT_ONCE and self.ask == "ranks":
+            return AT_ONCE_SECONDS
+        until = time.monotonic() + (COMMAND_SECONDS if told == AT_ONCE else self.grace)
         if self.folder:  # so that ranks know this SIGTERM from that of a launcher which has lost one of them
             with suppress(OSError), open(os.path.join(scratch(self.folder), TOLD), "w"):
                 pass
-        asked = self.ranks()
+        asked = self.ranks() if self.ask == "ranks" else {self.leader}
         for pid in asked:
-            send(pid, signal.SIGTERM)
+            send(pid, AT_ONCE if told == AT_ONCE else signal.SIGTERM)
         while asked and time.monotonic() < until and (self.code is None or any(map(alive, asked))):
-            time.sleep(0.05)
+            if signal.sigtimedwait((AT_ONCE,), 0.05) and told != AT_ONCE:
+                return self.ask_first(AT_ONCE)
             self.reap()
         return max(0.0, until - time.monotonic())
 
@@ -274,9 +286,10 @@ def main() -> int:
     parser.add_argument("--parent", type=int, required=True, help="pid of the process that starts the guard")
     parser.add_argument("--grace", type=float, default=10.0, help="seconds between SIGTERM and SIGKILL")
     parser.add_argument("--folder", help="the job's local files: its log, and the scratch folder made here")
+    parser.add_argument("--ask", choices=("ranks", "command"), default="ranks", help="whom to tell first")
     parser.add_argument("command", nargs="+", help="after --")
     args = parser.parse_args()
-    guard = Guard(args.job_id, args.parent, args.grace, args.folder)
+    guard = Guard(args.job_id, args.parent, args.grace, args.folder, args.ask)
     try:
         return guard.run(args.command)
     finally:

@@ -39,6 +39,15 @@ class JobSpec(Frozen):
     inputs: dict[str, ArtifactRef] = {}
     model: ModelSpec | None = Field(default=None, description="the pipeline's base model")
     resources: Resources = Resources()
+    left_out: tuple[str, ...] = Field(
+        default=(), description="hosts that failed before, and sit out if enough others remain"
+    )
+    halved: bool = Field(
+        default=False, description="resources has half the micro-batch, as the memory did not suffice before"
+    )
+    code: tuple[FileEntry, ...] = Field(
+        default=(), description="Python files of reward functions, below `code/` of the attempt"
+    )
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property

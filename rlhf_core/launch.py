@@ -1,13 +1,16 @@
-"""Start one stage job, follow it, decide how it ended.
+"""Start one stage job and follow it to its end, however it ends.
 
-`run_job` starts the attempt that a `lease` is held on: the deepspeed launcher under `guard`, whose output is followed
-to the end. Success is exit code 0 *and* a result.json with our job id; everything else is a `JobFailed` that says why.
-The job writes to a local file, not to a pipe: a control plane that is slow, or killed, never blocks or breaks a rank
-that prints. All limits are kept here (no progress for so long, longest run, a lease that was lost, grace between SIGTERM
-and SIGKILL), so `run_job` returns whatever the job does. It must run in the main thread of a flow's process, or in a
-thread that lives as long as it does (see `guard`). Not here: other machines, retries, publishing.
+`run_job` starts the attempt that a `lease` is held on: one command under `guard`, whose output is followed to the end. Here that
+is the launcher that DeepSpeed runs on every node; for several nodes it is `rlhf_core.head`, which has the same one run on each.
+Success is exit code 0 *and* a result.json with our job id; everything else is a `JobFailed` that says why (`outcome`). The
+job writes to local files, not to a pipe: a control plane that is slow, or killed, never blocks or breaks a rank that prints. All
+limits are kept here (no progress for so long, longest run, a lease that was lost, grace between SIGTERM and SIGKILL), so `run_job`
+returns whatever the job does. It must run in the main thread of a flow's process, or in a thread that lives as long as it does
+(see `guard`). Not here: retries, publishing.
 """
 
+import base64
+import json
 import math
 import os
 import platform
@@ -20,24 +23,29 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_core import guard
-from rlhf_core.errors import ConfigError, ExitCode, IntegrityError, JobFailed
+from rlhf_core.ends import Kind
+from rlhf_core.errors import ConfigError, JobFailed
+from rlhf_core.failures import oom_kills
 from rlhf_core.job import JobResult, JobSpec, job_url
 from rlhf_core.joblog import JobLog
-from rlhf_core.lease import Lease, superseded
-from rlhf_core.sealed import unseal
+from rlhf_core.lease import Lease
+from rlhf_core.members import BEAT_SECONDS, Seat
+from rlhf_core.outcome import failure_of, outcome
+from rlhf_core.ranklog import RANKS, ranks_folder
 from rlhf_core.store import Store
 
 TRAIN = "rlhf_core.train"
+HEAD = "rlhf_core.head"
 STACK_SECONDS = 2.0  # for the ranks to write their stacks
+HEAD_SECONDS = 6.0  # what a head needs more than its nodes' ranks to end: beats there and back
 POLL_SECONDS = 0.2
 ENDING_SECONDS = 35.0  # how long a new attempt waits for an earlier one's guard: the longest grace, and its SIGKILL
-TAIL_LINES = 30
 LIMIT_EXCEEDED = 124  # as timeout(1)
 PORTS = range(
     20_000, 32_000
@@ -80,13 +88,16 @@ def run_job(
 
     log = JobLog(store, job, noted, on_line)
     log.note(f"{job.output.id}, attempt {job.attempt}, on {platform.node()}: {shlex.join(argv)}")
+    kills = oom_kills()
     try:
-        process = start(job, argv, log.folder)
+        process = start(job, argv, log.folder, ask="command" if has_head(job) else "ranks")
         try:
             code, limit = watch(process, lease, log, module)
-            end_guard(process, job, log)
+            end_guard(process, job, log, grace=0 if limit == "stalled" else None)
             if code and lease.check():  # whoever took over on this machine ended the job, before we were told
                 limit = "superseded"
+            ranks = 0 if has_head(job) else job.resources.processes
+            failure = failure_of(job, log, code, limit, oom_kills() - kills, ranks)
         except BaseException as error:  # also KeyboardInterrupt and Prefect's cancellation
             log.on_event, log.on_line = _ignore, _ignore
             log.note(f"ended by {type(error).__name__}")
@@ -94,33 +105,84 @@ def run_job(
             raise
     finally:
         place = log.close()
-    return outcome(store, job, code, limit, log, place)
+    return outcome(store, job, code, failure, log, place, _hints(limit))
+
+
+def _hints(limit: Kind | None) -> list[str]:
+    """What a stalled job may have waited for."""
+    locks = build_locks() if limit == "stalled" else []
+    return [f"A left-over build lock makes jobs wait for ever; remove it if nothing builds: {path}" for path in locks]
 
 
 # --- the command and its environment ---------------------------------------------------------------------------------
 
 
+def has_head(job: JobSpec) -> bool:
+    """Whether the job's processes run on other machines than this; the data stage never does, as it has no ranks."""
+    return job.resources.launcher != "local" and job.stage != "data"
+
+
 def command(job: JobSpec, store: Store, module: str = TRAIN) -> list[str]:
-    """The command line of a job: plain Python for the data stage, the deepspeed launcher for all others."""
+    """The local command of a job: plain Python for the data stage, DeepSpeed's launcher of one node, or the head of several."""
+    python = [sys.executable, "-u", "-m"]
     if job.stage == "data":
-        return [sys.executable, "-u", "-m", module, "--job", job_url(store, job)]
-    launcher = [sys.executable, "-u", "-m", "deepspeed.launcher.runner", "--log_level", "warning"]
-    # Without this, a /job/hostfile on the machine would turn a local job into a multi-node one.
-    local = ["--hostfile", "/nonexistent/hostfile", "--master_port", str(free_port())]
-    return [*launcher, *local, *_devices(job.resources.processes), "--module", module, "--job", job_url(store, job)]
+        return [*python, module, "--job", job_url(store, job)]
+    if has_head(job):
+        return [*python, HEAD, "--job", job_url(store, job), *(["--module", module] if module != TRAIN else [])]
+    here = Seat(node=0, host="localhost", processes=job.resources.processes, first_rank=0)
+    return ranks_command([here], 0, "127.0.0.1", free_port(), store, job, module)
 
 
-def _devices(processes: int) -> list[str]:
-    """Launcher options for so many ranks: with --num_gpus it would ignore CUDA_VISIBLE_DEVICES and start at GPU 0."""
-    visible = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v.strip()]
+def ranks_command(
+    seats: Sequence[Seat],
+    node: int,
+    master_addr: str,
+    master_port: int,
+    store: Store,
+    job: JobSpec,
+    module: str = TRAIN,
+) -> list[str]:
+    """What starts the ranks of one node: the command that DeepSpeed's own launcher runs there.
+
+    Args:
+        seats: of all nodes, in the order of their ranks.
+        node: the number of this one.
+        master_addr: where rank 0 is reached.
+        master_port: free there.
+        store: of the job.
+        job: whose ranks they are.
+        module: what every rank runs.
+
+    Raises:
+        ConfigError: fewer GPUs are shown here than the node has ranks.
+    """
+    # By number, as several nodes may have one name. Of other nodes only the number of ranks counts.
+    world = {f"node-{seat.node:04d}": list[int | str](range(seat.processes)) for seat in seats}
+    place, own = next((place, seat) for place, seat in enumerate(seats) if seat.node == node)
+    world[f"node-{node:04d}"] = list(own.devices[: own.processes]) or devices(own.processes)
+    info = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
+    return [
+        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={info}", f"--node_rank={place}"),
+        *(f"--master_addr={master_addr}", f"--master_port={master_port}", "--log_level=warning"),
+        *("--module", module, "--job", job_url(store, job)),
+    ]
+
+
+def devices(processes: int) -> list[int | str]:
+    """The devices for so many ranks of this machine: those that CUDA_VISIBLE_DEVICES shows, else the first ones.
+
+    Raises:
+        ConfigError: it shows fewer.
+    """
+    visible = [v.strip() for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v.strip()]
     if accelerator() == "cpu" or not visible:
-        return ["--num_gpus", str(processes)]
+        return list(range(processes))
     if len(visible) < processes:
         raise ConfigError(
             f"resources.processes: {processes}, but CUDA_VISIBLE_DEVICES={','.join(visible)} has {len(visible)}, "
             "and each process needs a GPU; lower processes or show more"
         )
-    return ["--include", "localhost:" + ",".join(visible[:processes])]
+    return [int(v) if v.isdigit() else v for v in visible[:processes]]
 
 
 def free_port() -> int:
@@ -180,22 +242,47 @@ def build_locks() -> list[Path]:
     return sorted(Path(root).glob("**/lock"))
 
 
-def start(job: JobSpec, argv: list[str], folder: Path) -> subprocess.Popen[bytes]:
-    """Start a command under the guard, in a session of its own, writing to `folder`/output.
+def start(
+    job: JobSpec,
+    argv: list[str],
+    folder: Path,
+    job_id: str | None = None,
+    ask: Literal["ranks", "command"] = "ranks",
+) -> subprocess.Popen[bytes]:
+    """Start a command under the guard, in a session of its own, writing to `folder`/output and its ranks to `folder`/ranks.
 
     The job's scratch folder is below `folder`; the guard removes it, and all of `folder` if nobody is left to read it.
+
+    Args:
+        job: what is run.
+        argv: the command.
+        folder: for the job's local files.
+        job_id: what its processes carry; default: the job's.
+        ask: whom the guard tells first that the job is to end; a command that is asked looks after ranks elsewhere.
     """
-    grace = str(job.resources.checkpoint.grace_seconds)
-    owner = ["--job-id", job.job_id, "--parent", str(os.getpid()), "--grace", grace, "--folder", str(folder)]
+    job_id = job_id or job.job_id
+    (ranks := ranks_folder(folder)).mkdir(mode=0o700, exist_ok=True)
+    owner = ["--job-id", job_id, "--parent", str(os.getpid()), "--folder", str(folder)]
+    owner += [
+        "--ask",
+        ask,
+        "--grace",
+        str(grace_of(job) if ask == "command" else job.resources.checkpoint.grace_seconds),
+    ]
     with (folder / "output").open("ab") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "rlhf_core.guard", *owner, "--", *argv],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env=environment(job),
+            env={**environment(job), "RLHF_JOB_ID": job_id, RANKS: str(ranks)},
             start_new_session=True,
         )
+
+
+def grace_of(job: JobSpec) -> float:
+    """Seconds that the job's local command has between being told to end and being killed."""
+    return job.resources.checkpoint.grace_seconds + (HEAD_SECONDS if has_head(job) else 0)
 
 
 # --- what earlier attempts left --------------------------------------------------------------------------------------
@@ -210,14 +297,15 @@ def end_leftovers(job: JobSpec) -> None:
     """End what earlier attempts at the same artifact left on this machine; only who holds the lease may.
 
     Their guards are told first, as those let their ranks save; one whose control plane is gone is at it already. So this
-    comes before one looks for the newest checkpoint.
+    comes before one looks for the newest checkpoint. Other nodes of the same attempt may be on this machine too.
 
     Raises:
         JobFailed: they cannot be ended.
     """
 
     def others() -> set[int]:
-        return {p for p in guard.processes_of(job.family) if guard.variable(p, "RLHF_JOB_ID") != job.job_id}
+        ids = ((pid, guard.variable(pid, "RLHF_JOB_ID")) for pid in guard.processes_of(job.family))
+        return {pid for pid, id in ids if id and id != job.job_id and not id.startswith(f"{job.job_id}/")}
 
     guard.end(lambda: others() & set(guards(job)), ENDING_SECONDS)
     if left := guard.end(others, grace=5):
@@ -231,7 +319,7 @@ def end_leftovers(job: JobSpec) -> None:
 # --- while it runs ---------------------------------------------------------------------------------------------------
 
 
-def watch(process: subprocess.Popen[bytes], lease: Lease, log: JobLog, module: str) -> tuple[int, str | None]:
+def watch(process: subprocess.Popen[bytes], lease: Lease, log: JobLog, module: str) -> tuple[int, Kind | None]:
     """Follow a job until it ends or passes a limit; returns the guard's code and which limit, if one."""
     job = lease.job
     began = sign = time.monotonic()
@@ -242,6 +330,7 @@ def watch(process: subprocess.Popen[bytes], lease: Lease, log: JobLog, module: s
         if lease.lost:
             log.note("superseded: another run has taken over")
             return LIMIT_EXCEEDED, "superseded"
+        limit: Kind
         if now - sign > job.resources.stall_minutes * 60:
             limit = "stalled"
         elif now - began > job.resources.timeout_hours * 3600:
@@ -252,90 +341,54 @@ def watch(process: subprocess.Popen[bytes], lease: Lease, log: JobLog, module: s
         silent = f"no progress for {now - sign:.0f} s" if limit == "stalled" else f"ran for {now - began:.0f} s"
         log.note(f"{limit}: {silent}; stacks of all ranks follow")
         dump_stacks(job, module)
-        log.wait(STACK_SECONDS)
+        log.wait(STACK_SECONDS + (3 * BEAT_SECONDS if has_head(job) else 0))
         return LIMIT_EXCEEDED, limit
     return code, None
 
 
-def dump_stacks(job: JobSpec, module: str) -> None:
-    """Have every rank write the stacks of its threads to its stderr, and so into the log."""
-    for pid in guard.processes_of(job.job_id):
+def dump_stacks(job: JobSpec, module: str, job_id: str | None = None) -> None:
+    """Have every rank write the stacks of its threads to its log; a head orders the same of its nodes.
+
+    Args:
+        job: whose ranks.
+        module: what they run.
+        job_id: what they carry; default: the job's.
+    """
+    for pid in guard.processes_of(job_id or job.job_id):
         # Unless it has registered faulthandler already, SIGUSR1 would end it before it says anything.
-        if guard.python_module(pid) == module and guard.catches(pid, signal.SIGUSR1):
+        if guard.python_module(pid) in (module, HEAD) and guard.catches(pid, signal.SIGUSR1):
             guard.send(pid, signal.SIGUSR1)
 
 
-def end_guard(process: subprocess.Popen[bytes], job: JobSpec, log: JobLog) -> None:
-    """End the guard and with it the job; returns when no process of the job is left."""
-    grace = job.resources.checkpoint.grace_seconds
+def end_guard(
+    process: subprocess.Popen[bytes],
+    job: JobSpec,
+    log: JobLog,
+    *,
+    job_id: str | None = None,
+    grace: float | None = None,
+) -> int:
+    """End the guard and with it the job; returns the guard's code when no process of the job is left here.
+
+    Args:
+        process: the guard.
+        job: what it guards.
+        log: what the job writes, which is read on meanwhile.
+        job_id: what its processes carry; default: the job's.
+        grace: seconds for its ranks to save; 0: they cannot, or have nothing to; default: the plan's.
+    """
+    whole = grace_of(job)
     if process.poll() is None:
-        process.terminate()
-        until = time.monotonic() + grace + guard.KILL_SECONDS + 2
+        process.send_signal(signal.SIGTERM if grace != 0 else guard.AT_ONCE)
+        until = (
+            time.monotonic() + max(whole if grace is None else grace, guard.COMMAND_SECONDS) + guard.KILL_SECONDS + 2
+        )
         while process.poll() is None and time.monotonic() < until:
             log.wait(POLL_SECONDS)
     process.kill()
-    process.wait()
+    code = process.wait()
     # Normally nothing: the guard returns when all is ended. If the guard itself was killed, this does its work.
-    guard.end(lambda: guard.processes_of(job.job_id), grace)
+    guard.end(lambda: guard.processes_of(job_id or job.job_id), whole if grace is None else grace)
     shutil.rmtree(guard.scratch(log.folder), ignore_errors=True)
     log.read()
-
-
-# --- how it ended ----------------------------------------------------------------------------------------------------
-
-
-def outcome(store: Store, job: JobSpec, code: int, limit: str | None, log: JobLog, place: str) -> JobResult:
-    """The job's result; JobFailed says why there is none."""
-    if code == 0 and limit is None:
-        try:
-            result = unseal(JobResult, store.read(key := f"{job.folder}/result.json"), f"{store.url}/{key}")
-        except KeyError:
-            raise failure(job, 1, "no result", log, place) from None
-        except IntegrityError as error:
-            raise failure(job, 1, f"unreadable result.json ({error})", log, place) from error
-        if result.job_id != job.job_id:
-            raise failure(job, 1, f"result.json is of another job, {result.job_id}", log, place)
-        return result
-    signo = signal_of(code)
-    if limit is not None:
-        reason = limit
-    elif signo is not None:
-        name = signal.Signals(signo).name
-        code, reason = -signo, f"its guard was killed by {name}" if code < 0 else f"killed by {name}"
-    else:
-        reason = {
-            ExitCode.NON_FINITE: "non-finite numbers",
-            ExitCode.OUT_OF_MEMORY: "out of memory",
-            ExitCode.PREEMPTED: "preempted",
-            guard.ORPHANED: "the launcher ended before its ranks",
-        }.get(code, f"exit code {code}")
-    raise failure(job, code, reason, log, place)
-
-
-def signal_of(code: int) -> int | None:
-    """The signal an exit code stands for: -n from Python, 128+n from the guard, 256-n from deepspeed's launch.py."""
-    for candidate in (-code, code - 128, 256 - code):
-        if 0 < candidate <= 31 and code != 255:  # 255 is what many tools return for "failed"
-            return candidate
-    return None
-
-
-def failure(job: JobSpec, code: int, reason: str, log: JobLog, place: str) -> JobFailed:
-    """The error of a failed job: its own one line if the user is to act on it, else the end of its log."""
-    said = [line.removeprefix("error: ") for line in log.tail if line.startswith("error: ")]
-    if code in (ExitCode.CONFIG, ExitCode.DATA) and said:
-        return JobFailed(said[-1], code=code, reason=reason)
-    if reason == "superseded":
-        return superseded(job)
-    parts = [f"{job.output.id}, attempt {job.attempt}: {reason}"]
-    if said:
-        parts[0] += f": {said[-1]}"
-    if code == -signal.SIGKILL:
-        parts.append("If nobody ended it, the machine ran out of memory: lower resources.micro_batch or processes.")
-    if reason == "stalled":
-        parts += [
-            f"A left-over build lock makes jobs wait for ever; remove it if nothing builds: {p}" for p in build_locks()
-        ]
-    lines = list(log.tail)[-(120 if reason in ("stalled", "timed out") else TAIL_LINES) :]
-    parts += [f"Log: {place}", *(f"  | {line}" for line in lines)]
-    return JobFailed("\n".join(parts), code=code, reason=reason)
+    return code

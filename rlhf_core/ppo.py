@@ -27,6 +27,7 @@ from rlhf_core.lora import trained
 from rlhf_core.models import load_tokenizer
 from rlhf_core.ppo_args import PPOArgs
 from rlhf_core.ppo_trainer import DeepSpeedPPOTrainer
+from rlhf_core.reward_code import unpack
 from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine
 from rlhf_core.specs import PPOSpec
 
@@ -44,16 +45,13 @@ class PPOStage(Resumable):
 
     def __init__(self, context: JobContext) -> None:
         self.context = context
-        self.spec = PPOSpec.model_validate(context.job.spec)
-        data = context.input("data")
-        tokenizer = load_tokenizer(data / "tokenizer")
-        self.rows = open_rows(data / "ppo" / "train")
+        self.spec = PPOSpec.model_validate(unpack(context.store, context.job, context.scratch / "code"))
+        tokenizer = load_tokenizer(context.input("data", "tokenizer"))
+        self.rows = open_rows(context.input("data", "ppo/train"))
         args = PPOArgs(self.spec, context.job.resources, context.seed)
         self.engine = DeepSpeedRLHFEngine(
-            actor_model_name_or_path=str(context.input("sft") / "model"),
-            critic_model_name_or_path=str(context.input("reward") / "model")
-            if "reward" in context.job.inputs
-            else None,
+            actor_model_name_or_path=str(context.input("sft", "model")),
+            critic_model_name_or_path=str(context.input("reward", "model")) if "reward" in context.job.inputs else None,
             tokenizer=tokenizer,
             num_total_iters=self.spec.steps,
             args=args,
@@ -72,8 +70,8 @@ class PPOStage(Resumable):
 
     def _pretraining_rows(self) -> Dataset:
         """The text of the mixture loss."""
-        data = self.context.input("data")
-        return open_rows(data / ("ptx" if (data / "ptx").is_dir() else "sft") / "train")
+        share = "ptx" if self.context.has_input("data", "ptx") else "sft"
+        return open_rows(self.context.input("data", f"{share}/train"))
 
     def run(self) -> dict[str, Any]:
         """Resume if there is a checkpoint, train and save; returns the stage's metrics."""

@@ -3,8 +3,9 @@
 Before `install` SIGTERM ends a rank at once; between `install` and `uninstall` it only sets what `requested` returns, and the
 checkpointer looks there at every point from which the stage can be resumed. A thread also watches the notice that a cloud gives
 before it takes a machine away: a file, or a URL of the metadata service. Under a guard, SIGTERM that does not come from it comes
-from the launcher, because another rank has died: there is nothing to wait for then, and the rank ends at once, wherever it is.
-Which ranks were told is theirs to agree on (`checkpointing`); what ends those that take too long is the guard. No torch here.
+from the launcher, because another rank has died: there is nothing to wait for then, and the rank ends at once, wherever it is,
+saying that it was told (`listen`). Which ranks were told is theirs to agree on (`checkpointing`); what ends those that take too
+long is the guard. No torch here.
 """
 
 import os
@@ -20,6 +21,7 @@ from typing import Any
 from urllib.parse import urljoin
 
 from rlhf_core.guard import TOLD
+from rlhf_core.ranklog import last_words
 
 FILE_SECONDS = 1.0  # between looks at a file
 URL_SECONDS = 5.0  # between questions; clouds give 30 s (Google) to 120 s (Amazon)
@@ -30,6 +32,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _reason: str | None = None
 _before: dict[int, Any] = {}  # what the signals did before `install`
+_held = threading.local()  # the signals that a thread had blocked before it forked
+_installed = False
 _listening = False
 _watch: threading.Event | None = None  # set: the thread that watches the notice is to end
 
@@ -40,14 +44,15 @@ def install(notice: str | None = None) -> None:
     Args:
         notice: a file that appears, or an http(s) URL that answers 200, when this machine is about to be taken away.
     """
-    global _watch
+    global _watch, _installed
     if threading.current_thread() is not threading.main_thread():
         return  # of a library's user: signals are his business
+    listen()
+    _installed = True
     for signo in SIGNALS:
         before = signal.signal(signo, _told)
         if before is not _told:
             _before[signo] = before
-    _listen()
     if notice and _watch is None:
         _watch = threading.Event()
         threading.Thread(target=_watch_notice, args=(notice, _watch), daemon=True, name="notice").start()
@@ -55,7 +60,8 @@ def install(notice: str | None = None) -> None:
 
 def uninstall() -> None:
     """SIGTERM and SIGINT mean again what they did before; the notice is no longer watched, and what was requested forgotten."""
-    global _watch, _reason
+    global _watch, _reason, _installed
+    _installed = False
     for signo, before in _before.items():
         signal.signal(signo, before)
     _before.clear()
@@ -79,8 +85,10 @@ def _set(reason: str) -> None:
     _reason = _reason or reason  # told twice is told once: the launcher passes on what the guard has sent already
 
 
-def _listen() -> None:
-    """Notice SIGTERM also while the main thread is inside a call that never returns, as a collective without one rank."""
+def listen() -> None:
+    """Under a guard, notice SIGTERM also while the main thread is inside a call that never returns, as a collective without one
+    rank; and say, when it ends this rank, that it was told to end.
+    """
     global _listening
     guard, folder = os.environ.get("RLHF_GUARD_PID"), os.environ.get("RLHF_SCRATCH")
     if _listening or not (guard and folder):
@@ -89,13 +97,33 @@ def _listen() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, _told)
+    os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_forget)
 
-    def listen() -> None:
+    def wait() -> None:
         while number := os.read(reading, 1):
-            if number[0] == signal.SIGTERM and not _appears(Path(folder, TOLD), GUARD_SECONDS):
-                os._exit(128 + signal.SIGTERM)
+            if number[0] != signal.SIGTERM or (_installed and _appears(Path(folder, TOLD), GUARD_SECONDS)):
+                continue
+            last_words(128 + signal.SIGTERM, "received SIGTERM", told=True)
+            os._exit(128 + signal.SIGTERM)
 
-    threading.Thread(target=listen, daemon=True, name="signals").start()
+    threading.Thread(target=wait, daemon=True, name="signals").start()
+
+
+def _hold() -> None:
+    """Before a fork: until the child has its own signals, one that is sent to it must not come out at this rank's pipe."""
+    _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _release() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _held.mask)
+
+
+def _forget() -> None:
+    """In a child that was forked without exec: its signals are not this rank's."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _release()
 
 
 def _appears(file: Path, seconds: float) -> bool:

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from rlhf_core.cluster import Cluster, LauncherName
 from rlhf_core.specs import Frozen, Positive, StageName
 
 Offload = Literal["none", "cpu", "nvme"]
@@ -35,8 +36,12 @@ class CheckpointPlan(Frozen):
 class Resources(Frozen):
     """One job's processes, memory layout and limits."""
 
-    launcher: Literal["local"] = Field(default="local", description="this machine, through the deepspeed launcher")
-    processes: Positive = Field(default=1, description="ranks; one GPU each where there are GPUs")
+    launcher: LauncherName = Field(
+        default="local",
+        description="local: this machine; hostfile: over ssh; slurm: sbatch and srun; nodes: the caller starts `rlhf node` on each",
+    )
+    processes: Positive = Field(default=1, description="ranks on each node; one GPU each where there are GPUs")
+    cluster: Cluster = Cluster()
     threads: Positive | None = Field(default=None, description="CPU threads a rank; default: cores / processes")
     micro_batch: Positive = Field(default=16, description="sequences a forward pass of training or scoring, per rank")
     rollout_micro_batch: Positive = Field(default=64, description="sequences generated at once, per rank")
@@ -80,6 +85,28 @@ class Resources(Frozen):
             raise ValueError("offload to nvme needs nvme_path, a folder on a fast disk")
         return self
 
+    @model_validator(mode="after")
+    def _nodes(self) -> Self:
+        self.check_nodes()
+        return self
+
+    def check_nodes(self) -> None:
+        """ValueError if launcher and cluster do not go together."""
+        launcher, cluster = self.launcher, self.cluster
+        if launcher == "hostfile" and not cluster.hosts:
+            raise ValueError("launcher hostfile needs cluster.hosts: the path of a hostfile, or a list of hosts")
+        if launcher in ("slurm", "nodes") and not cluster.nodes:
+            raise ValueError(f"launcher {launcher} needs cluster.nodes, the number of machines")
+        only: dict[str, Any] = {} if launcher == "hostfile" else dict.fromkeys(("hosts", "include", "exclude"))
+        only |= dict.fromkeys(("nodes", "min_nodes"), 1) if launcher == "local" else {}
+        for name, nothing in only.items():
+            if getattr(cluster, name) not in (None, nothing):
+                raise ValueError(
+                    f"cluster.{name} is given, but launcher {launcher} does not heed it"
+                    + (" and runs on this machine alone" if launcher == "local" else "")
+                    + "; set launcher hostfile, or take it out"
+                )
+
     def of_model(self, role: ModelRole) -> "Resources":
         """The resources of one of PPO's models."""
         own = self.models.get(role, {})
@@ -93,7 +120,15 @@ class ResourceTable(Resources):
         default={}, description="per stage: fields that differ, e.g. {ppo: {micro_batch: 4}}"
     )
 
+    @model_validator(mode="after")
+    def _nodes(self) -> Self:
+        if not any("launcher" in own for own in self.stages.values()):  # else the cluster may be those stages'
+            self.check_nodes()
+        return self
+
     def of(self, stage: StageName) -> Resources:
-        """The resources of one stage."""
-        common = self.model_dump(exclude={"stages"})
-        return Resources.model_validate({**common, **self.stages.get(stage, {})})
+        """The resources of one stage; the data stage is always one process on this machine."""
+        merged = {**self.model_dump(exclude={"stages"}), **self.stages.get(stage, {})}
+        if stage == "data" or (merged["launcher"] == "local" and "cluster" not in self.stages.get(stage, {})):
+            merged |= {"launcher": "local", "cluster": {}}
+        return Resources.model_validate(merged)

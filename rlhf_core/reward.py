@@ -59,7 +59,7 @@ class RewardTrainer(Trainer[RewardSpec]):
                 spec.model, self.reads, context.seed, spec.dropout, zero_init=parts, quantize=self.quantize
             )
         else:
-            folder = str(context.input("sft") / "model")
+            folder = str(context.input("sft", "model"))
             language_model = load_causal_lm(folder, spec.dropout, zero_init=parts, quantize=self.quantize)
         self._check_positions(positions_of(language_model.config))
         model = ValueModel.from_causal_lm(language_model, context.seed)

@@ -1,10 +1,9 @@
 """What scores an answer: the reward stage's model, a Python function, an HTTP endpoint, or a weighted sum of them.
 
-Functions and endpoints see texts without special tokens. A function runs only where code is allowed (RLHF_ALLOW_CODE=1, set by
-`rlhf run --allow-code`), since a configuration file must not run code by itself; it gets all answers of this rank's rollout at
-once and must score each by itself. An endpoint is asked in batches; what may pass (time-outs, refused connections, 429, 5xx) is
-tried again with growing pauses, anything else ends the stage at once with the endpoint's own words. A score that is not a finite
-number is never used.
+Functions and endpoints see texts without special tokens. A function runs only where code is allowed (see `reward_code`, which also
+brings its file to the ranks of a job); it gets all answers of this rank's rollout at once and must score each by itself. An
+endpoint is asked in batches; what may pass (time-outs, refused connections, 429, 5xx) is tried again with growing pauses, anything
+else ends the stage at once with the endpoint's own words. A score that is not a finite number is never used.
 """
 
 import importlib
@@ -20,9 +19,9 @@ from typing import Any
 import httpx
 
 from rlhf_core.errors import ConfigError, NonFiniteError, RlhfError
+from rlhf_core.reward_code import check_function
 from rlhf_core.specs import FunctionReward, HTTPReward, RewardSource
 
-ALLOW_CODE = "RLHF_ALLOW_CODE"
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds between two tries, doubled each time
 Judge = Callable[[Sequence[str], Sequence[str]], list[float]]
 
@@ -35,20 +34,7 @@ def check_code(sources: Sequence[RewardSource] | None) -> None:
     """ConfigError if a source is a Python function and code is not allowed, or the function is not there."""
     for i, source in enumerate(sources or ()):
         if isinstance(source, FunctionReward):
-            _check_function(source, f"ppo.rewards[{i}]")
-
-
-def _check_function(source: FunctionReward, field: str) -> None:
-    if os.environ.get(ALLOW_CODE) != "1":
-        raise ConfigError(
-            f"{field}.function {source.function!r} is code of its own; to run it use `rlhf run --allow-code`, or set "
-            f"{ALLOW_CODE}=1 where the jobs run"
-        )
-    path, _, name = source.function.rpartition(":")
-    if not path or not name:
-        raise ConfigError(f"{field}.function {source.function!r}: write path/to/file.py:name or module:name")
-    if path.endswith(".py") and not Path(path).expanduser().is_file():
-        raise ConfigError(f"{field}.function: {path!r} does not exist (looked in {Path.cwd()})")
+            check_function(source, f"ppo.rewards[{i}]")
 
 
 def judge_of(source: FunctionReward | HTTPReward, field: str) -> Judge:
@@ -75,7 +61,7 @@ def _checked(values: Any, count: int, field: str) -> list[float]:
 
 
 def _function(source: FunctionReward, field: str) -> Callable[[list[str], list[str]], Any]:
-    _check_function(source, field)
+    check_function(source, field)
     place, _, name = source.function.rpartition(":")
     try:
         module = _module_of_file(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)

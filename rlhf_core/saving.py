@@ -18,6 +18,7 @@ from rlhf_core.checkpoints import Checkpoint, Part, Position
 from rlhf_core.context import JobContext
 from rlhf_core.errors import StoreError
 from rlhf_core.generators import versions
+from rlhf_core.local_parts import LocalParts
 from rlhf_core.sealed import seal, unseal
 from rlhf_core.specs import Frozen
 
@@ -51,6 +52,7 @@ class Save:
         before: Mapping[str, Part],
         layout: Mapping[str, str],
         resumed_from: str | None,
+        copies: LocalParts,
     ) -> None:
         """Begin it.
 
@@ -58,15 +60,16 @@ class Save:
             context: of this rank.
             position: of the state.
             kept: a milestone.
-            folder: of the local files, removed when they are stored.
+            folder: of the local files, which it is rid of when they are stored.
             files: local files by the names of their parts.
             same: parts that have not changed since they were stored.
             before: what this rank stored last; of these what has the same content is not stored again.
             layout: how the engines' states are divided.
             resumed_from: the marker that this attempt began with, kept until there are enough of its own.
+            copies: of this node; they get the local files.
         """
         self.context, self.position, self.kept, self.folder = context, position, kept, folder
-        self.layout, self.resumed_from = dict(layout), resumed_from
+        self.layout, self.resumed_from, self.copies = dict(layout), resumed_from, copies
         self.error: BaseException | None = None
         self.parts: dict[str, Part] = {}
         self.stored = 0
@@ -100,6 +103,7 @@ class Save:
             began = time.monotonic()
             stored = {name: self._store(name, path, before) for name, path in files.items()}
             self.parts = {**same, **stored}
+            self._keep({files[name]: part for name, part in stored.items()}, same)
             shutil.rmtree(self.folder, ignore_errors=True)
             if self.context.rank:
                 confirmation = Confirmation(parts=tuple(self.parts.values()))
@@ -115,6 +119,12 @@ class Save:
             self.context.store.upload(path, f"{self._place}/parts/{part.sha256}")
             self.stored += part.size
         return part
+
+    def _keep(self, stored: Mapping[Path, Part], same: Mapping[str, Part]) -> None:
+        """Leave copies on this machine. Until this checkpoint is complete, the last one that is stays too."""
+        job = self.context.job
+        self.copies.prune(job.attempt, self.position, earlier=max(1, job.resources.checkpoint.keep - 1))
+        self.copies.keep(job.attempt, self.position, stored, same.values())
 
     @property
     def _place(self) -> str:
@@ -141,6 +151,7 @@ class Save:
         store.write(marker.key, seal(marker))
         size = sum(part.size for part in marker.parts)
         self.context.say(f"saved {self.position}: {size / 1e6:.1f} MB, stored in {time.monotonic() - began:.2f} s")
+        self.copies.prune(job.attempt, self.position, earlier=job.resources.checkpoint.keep - 1)
         try:
             for key in keys:
                 store.delete(key)

@@ -1,8 +1,9 @@
-"""Entry point of every job: `deepspeed --module rlhf_core.train --job URL` (the data stage: plain `python -m`).
+"""Entry point of every rank: DeepSpeed's launch.py starts `-m rlhf_core.train --job URL` (the data stage: plain `python -m`).
 
 Reads job.json, runs the stage on this rank, and on rank 0 uploads the result's files and then result.json. Errors with a
-meaning end as one line and their exit code; anything else as a traceback and exit code 1. SIGUSR1 dumps all stacks. A rank
-ends itself when the guard that owns the job is gone, so that nothing outlives the control plane.
+meaning end as one line and their exit code; anything else as a traceback and exit code 1. However a rank ends, it first writes
+down why (`ranklog`), so that of many the one is found that began it. SIGUSR1 dumps all stacks. A rank ends itself when the guard
+that owns the job is gone, so that nothing outlives the control plane.
 """
 
 import argparse
@@ -17,21 +18,26 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from rlhf_core import preemption
 from rlhf_core.artifacts import describe
 from rlhf_core.card import write_cards
 from rlhf_core.context import JobContext
-from rlhf_core.errors import ExitCode, RlhfError
+from rlhf_core.errors import ExitCode, Preempted, RlhfError
 from rlhf_core.job import JobResult, JobSpec, read_job
+from rlhf_core.ranklog import last_words, redirect
 from rlhf_core.sealed import seal
 from rlhf_core.store import Store
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "rlhf")
+DEVICE_FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # errors that are no OutOfMemoryError, as those of NCCL
+HOST_FULL = ("can't allocate memory", "Cannot allocate memory")
 
 
 def stage_runner(stage: str) -> Callable[[JobContext], dict[str, Any]]:
@@ -58,29 +64,64 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rlhf_core.train", description="Run one rank of a stage job.")
     parser.add_argument("--job", required=True, help="URL of job.json: STORE_ROOT#KEY")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
+    begin()
     args = parser.parse_args(argv)
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    end_with_guard()
-    rank = int(os.environ.get("RANK", "0"))
-    try:
+
+    def work() -> None:
         store, job = read_job(args.job)
         run_rank(store, job)
-    except RlhfError as error:
+
+    return run_to_end(work, args.job)
+
+
+def begin() -> None:
+    """What every rank does first: its own log, stacks on demand and after a crash, and an ear for who ends it."""
+    redirect()
+    faulthandler.enable(all_threads=True)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    end_with_guard()
+    preemption.listen()
+
+
+def run_to_end(work: Callable[[], None], url: str) -> int:
+    """Do a rank's work and say how it ended, in the log and in its last words; returns the exit code.
+
+    Args:
+        work: all that this rank does.
+        url: of its job.json, for messages.
+    """
+    try:
+        work()
+    except BaseException as error:
+        code, message, memory = meaning(error, url)
+        trace = ""
+        if not message:
+            with suppress(MemoryError):  # a second one
+                trace = traceback.format_exc()
+        told = isinstance(error, Preempted | KeyboardInterrupt)
+        last_words(code, message or f"{type(error).__name__}: {error}", trace, memory, told=told)
         # Said by every rank: whichever leaves first, the launcher ends the others.
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return int(error.exit_code)
-    except ValidationError as error:
-        print(f"error: {args.job}: {error}", file=sys.stderr, flush=True)
-        return ExitCode.CONFIG
-    except MemoryError:
-        print(f"error: rank {rank} is out of memory; lower resources.micro_batch", file=sys.stderr, flush=True)
-        return ExitCode.OUT_OF_MEMORY
-    except Exception as error:
-        traceback.print_exc()
-        if type(error).__name__ == "OutOfMemoryError":
-            return ExitCode.OUT_OF_MEMORY
-        return 1
+        print(f"error: {message}" if message else trace or repr(error), file=sys.stderr, flush=True)
+        return code
+    last_words(ExitCode.DONE)
     return ExitCode.DONE
+
+
+def meaning(error: BaseException, url: str) -> tuple[int, str | None, Literal["", "device", "host"]]:
+    """What an exception means: the exit code, the line for the user if a traceback tells him nothing, what memory was full."""
+    if isinstance(error, RlhfError):
+        return int(error.exit_code), str(error), ""
+    if isinstance(error, ValidationError):
+        return ExitCode.CONFIG, f"{url}: {error}", ""
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        return code, None, ""
+    said = str(error)
+    if isinstance(error, MemoryError) or any(words in said for words in HOST_FULL):
+        return ExitCode.OUT_OF_MEMORY, None, "host"
+    if type(error).__name__ == "OutOfMemoryError" or any(words in said for words in DEVICE_FULL):
+        return ExitCode.OUT_OF_MEMORY, None, "device"
+    return 1, None, ""
 
 
 def run_rank(store: Store, job: JobSpec) -> None:
@@ -91,6 +132,7 @@ def run_rank(store: Store, job: JobSpec) -> None:
     (out := folder / "files").mkdir()
     context = JobContext(job=job, store=store, out=out, rank=rank, world=world)
     try:
+        context.progress(0, 1, "start")  # a sign of life before the imports, which take a busy machine long
         metrics = stage_runner(job.stage)(context)
         if context.is_main:
             context.progress(0, 1, "upload")
@@ -143,6 +185,7 @@ def end_with_guard() -> None:
             try:
                 os.kill(guard, 0)
             except ProcessLookupError:
+                last_words(1, "the guard is gone", told=True)
                 os._exit(1)
             time.sleep(1)
 

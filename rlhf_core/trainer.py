@@ -53,10 +53,9 @@ class Trainer(Resumable, Generic[S]):
         self.spec = spec
         self.resources = context.job.resources
         self.ranks = start(context.seed)
-        data = context.input("data")
-        self.tokenizer = load_tokenizer(data / "tokenizer")
-        self.train_rows = open_rows(data / share / "train")
-        self.test_rows = open_rows(data / share / "test")
+        self.tokenizer = load_tokenizer(context.input("data", "tokenizer"))
+        self.train_rows = open_rows(context.input("data", f"{share}/train"))
+        self.test_rows = open_rows(context.input("data", f"{share}/test"))
         stage = context.job.stage
         self.steps = total_steps(len(self.train_rows), spec.batch_size, spec.epochs, spec.max_steps, stage)
         self.tokens, self.seconds = 0.0, 0.0

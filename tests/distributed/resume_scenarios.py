@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import tiny
 import torch
 from scenarios import INPUTS, main
 
-from rlhf_core import checkpoints
+from rlhf_core import checkpoints, local_parts
 from rlhf_core.artifacts import ArtifactRef, describe, make_ref
 from rlhf_core.checkpointing import Checkpointer
 from rlhf_core.checkpoints import Position
@@ -361,6 +362,122 @@ def dies_while_storing(root: str) -> dict[str, Any]:
         "markers": [str(checkpoints.read_marker(store, ref, key).position) for key in keys],
         "resumes": str(newest and newest.position),
     }
+
+
+COPIED: dict[str, Any] = {
+    **SMALL_SFT,
+    "resources": {**SMALL_SFT["resources"], "checkpoint": {"every_steps": 1, "keep": 2}},
+    "world": 2,
+}
+
+
+def as_elsewhere() -> list[str]:
+    """Treat the store as one on another machine, and all ranks as on one; the keys of checkpoints that this rank will download."""
+    scratch = Path(os.environ["RANKS_OUT"]) / "scratch"
+    scratch.mkdir(exist_ok=True)
+    os.environ["RLHF_SCRATCH"] = str(scratch)
+    Store.local_path = lambda self, key: None
+    plain, seen = Store.download, []
+
+    def download(self: Store, key: str, local: Path) -> None:
+        if "/checkpoints/" in key:
+            seen.append(key)
+        plain(self, key, local)
+
+    Store.download = download
+    return seen
+
+
+def leave_copies(root: str, labels: list[str], killed: str | None = None) -> None:
+    """Stages that stop at their fourth step; in one of them both ranks are killed there, so it is the last."""
+    as_elsewhere()
+    for label in labels:
+        attempt(root, COPIED, label, 1, [4, "train", 0], always=False)
+    if killed:
+        Stopped.__init__ = lambda self, *_: os.kill(os.getpid(), signal.SIGKILL)
+        if not RANK:
+            (Path(os.environ["RANKS_OUT"]) / "result.json").write_text("null")
+        attempt(root, COPIED, killed, 1, [4, "train", 0], always=False)
+
+
+def take_up_copies(root: str, labels: list[str], moved: str | None = None) -> dict[str, Any]:
+    """Those stages taken up again, one of them with rank 1 on another machine; and what was fetched of their checkpoints."""
+    seen, home, found = as_elsewhere(), tempfile.gettempdir(), {}
+    whole = attempt(root, COPIED, "copies-whole", 1, None, always=False)
+    for label in labels:
+        context, _ = build(root, COPIED, label, 2)
+        marker = checkpoints.newest(context.store, context.job.output)
+        assert marker is not None
+        parts = {marker.part_key(part): part for part in marker.parts}
+        if RANK and label == moved:
+            tempfile.tempdir = f"{home}/other"
+            Path(tempfile.tempdir).mkdir()
+        seen.clear()
+        resumed: list[Any] = []
+        plain = Checkpointer.restore
+
+        def restore(self: Checkpointer, plain: Any = plain, resumed: list[Any] = resumed) -> Position | None:
+            position = plain(self)
+            resumed.extend(self.context.resumed)
+            return position
+
+        Checkpointer.restore = restore
+        last = attempt(root, COPIED, label, 2, None, always=False)
+        Checkpointer.restore = plain
+        fetched, left = (
+            gather(sorted(parts[key].name for key in seen)),
+            gather(local_parts.folder_of(context.store, context.job.output).exists()),
+        )
+        tempfile.tempdir = home
+        if not RANK:
+            size = sum(part.size for part in parts.values() for names in fetched if part.name in names)
+            here = sum(part.size for part in parts.values()) - size
+            assert resumed == [{"attempt": 1, "from": "step 4", "bytes_local": here, "bytes_fetched": size}]
+            same = weights_of(last) == weights_of(whole) and rows_of(last) == rows_of(whole)
+            found[label] = {"fetched": fetched, "left": any(left), "same": same}
+    return found
+
+
+def halved(root: str, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Each job undisturbed, and stopped and taken up with half its micro-batches: the metrics of both."""
+    found = {}
+    for label, job in jobs.items():
+        plan = {"checkpoint": {"every_minutes": None}}
+        job = {**job, "resources": {**job["resources"], **plan}}
+        sizes = {name: size // 2 for name, size in job["resources"].items() if name.endswith("micro_batch")}
+        whole = attempt(root, job, f"{label}-full", 1, None, always=False)
+        attempt(root, job, f"{label}-half", 1, job["stops"][0], always=True)
+        less = {**job, "resources": {**job["resources"], **sizes}}
+        last = attempt(root, less, f"{label}-half", 2, None, always=False)
+        if not RANK:
+            found[label] = [rows_of(whole), rows_of(last)]
+    return found
+
+
+def no_room_for_copies(root: str, fill: bool) -> dict[str, Any]:
+    """A stage whose disk is filled up before its third save (or not); how many checkpoints have copies when, and are made."""
+    from rlhf_core.train import stage_runner
+
+    as_elsewhere()
+    context, _ = build(root, COPIED, "full-disk" if fill else "full-cache", 1)
+    folder, disk = local_parts.folder_of(context.store, context.job.output), Path(tempfile.gettempdir())
+    plain, seen = Checkpointer.at, []
+
+    def at(self: Checkpointer, position: Position, always: bool = False, last: bool = False) -> None:
+        self._wait()
+        seen.append(len(list(folder.glob("*"))))
+        if fill and position.step == 3:
+            with (disk / "filler").open("wb") as file:
+                file.write(bytes(shutil.disk_usage(disk).free - (2 << 20)))
+        plain(self, position, always, last)
+
+    Checkpointer.at = at
+    metrics = stage_runner("sft")(context)
+    checkpoints.check(
+        context.store,
+        checkpoints.marker_at(context.store, checkpoints.marker_keys(context.store, context.job.output)[0]),
+    )
+    return {"copies": seen, "saved": metrics["checkpoints"]}
 
 
 if __name__ == "__main__":

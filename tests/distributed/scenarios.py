@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,6 +38,36 @@ def stage(
 def stages(root: str, jobs: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Run several stages one after the other in the same processes: by label, {"name", "spec", "resources"}."""
     return {label: stage(root, **job, folder=label) for label, job in jobs.items()}
+
+
+def fetched(root: str, specs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """By stage, what all ranks together fetch of its inputs from a store elsewhere: `{input}/{file}`, as often as it was."""
+    from rlhf_core.distributed import gather
+    from rlhf_core.train import stage_runner
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    refs = {k: ArtifactRef.model_validate(v) for k, v in json.loads((Path(root) / "refs.json").read_text()).items()}
+    plain, seen = Store.download, []
+
+    def download(self: Store, key: str, local: Path) -> None:
+        seen.append(key)
+        plain(self, key, local)
+
+    Store.download, Store.local_path = download, lambda self, key: None
+    home, found = tempfile.gettempdir(), {}
+    for name, spec in specs.items():
+        tempfile.tempdir = f"{home}/{name}"  # a machine that has nothing yet
+        Path(tempfile.tempdir).mkdir(exist_ok=True)
+        inputs = {k: ref for k, ref in refs.items() if k in {**INPUTS, "evaluate": tuple(refs)}[name]}
+        out = Path(os.environ["RANKS_OUT"]) / f"out-{rank}" / name
+        context = tiny.context(Store(f"file://{root}/store"), name, spec, inputs, out, rank, world)
+        seen.clear()
+        stage_runner(name)(context)
+        keys = [key for keys in gather(list(seen)) for key in keys]
+        found[name] = sorted(
+            f"{k}/{key.removeprefix(f'{ref.id}/')}" for k, ref in inputs.items() for key in keys if ref.id in key
+        )
+    return found
 
 
 def main(functions: dict[str, Any]) -> NoReturn:

@@ -1,9 +1,16 @@
 """A stage that is stopped and taken up again ends with the same bits as one that was never disturbed."""
 
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
+
+from rlhf_core import checkpoints
+from rlhf_core.checkpoints import Checkpoint
+from rlhf_core.store import Store
 
 SFT = {"epochs": 3, "batch_size": 12, "eval_every": 4, "optim": {"lr": 1e-3, "warmup_steps": 2, "schedule": "cosine"}}
 REWARD = {"epochs": 1, "batch_size": 12, "optim": {"lr": 1e-3, "warmup_steps": 2}}
@@ -157,6 +164,13 @@ def test_checkpoints_are_made_by_steps_and_milestones_and_only_some_are_kept(tin
     assert found == {"saved": 5, "steps": [2, 4, 5], "kept": [2, 4], "parts not listed": 0}
 
 
+def test_what_follows_the_last_step_cannot_lose_steps_that_a_plan_by_steps_had_not_saved(tiny_root, tmp_path):
+    plan = {"every_minutes": None, "every_steps": 3, "keep": 2}
+    arguments = {"root": str(tiny_root), "name": "cadence-last", "plan": plan}
+    found = ranks.run(1, "cadence", tmp_path, 120, "resume_scenarios.py", **arguments)
+    assert found["steps"] == [3, 5]
+
+
 def test_checkpoints_are_made_by_minutes_and_none_without_a_plan(tiny_root, tmp_path):
     arguments = {"root": str(tiny_root), "name": "cadence-now", "plan": {"every_minutes": 1e-6}}
     found = ranks.run(1, "cadence", tmp_path / "now", 120, "resume_scenarios.py", **arguments)
@@ -199,3 +213,121 @@ def test_without_a_whole_checkpoint_the_stage_starts_from_its_beginning_and_says
     arguments = {"root": str(tiny_root), "name": "damaged-all", "harm": "everything"}
     found = ranks.run(2, "damaged", tmp_path, 180, "resume_scenarios.py", **arguments)
     assert found == {"resumed": [], "passed over": 2, "from the beginning": 1, "same": True}
+
+
+def test_half_the_micro_batch_takes_up_a_checkpoint_and_changes_no_loss_beyond_rounding(tiny_root, tmp_path):
+    """What the control plane does after an attempt that ran out of memory."""
+    sizes = {"micro_batch": 4, "rollout_micro_batch": 8}
+    jobs = {
+        "sft": job("sft", {**SFT, "epochs": 1}, steps(3), 2, resources=sizes),
+        "ppo": job("ppo", PPO, [[1, "update", 1]], 1, resources=sizes),
+    }
+    found = ranks.run(1, "halved", tmp_path, 200, "resume_scenarios.py", root=str(tiny_root), jobs=jobs)
+    for label, (whole, cut) in found.items():
+        names = (
+            ("loss", "grad_norm", "tokens") if label == "sft" else ("score", "kl_sequence", "actor_loss", "critic_loss")
+        )
+        assert len(whole) == len(cut) and whole != cut, "bits differ, as sums are taken in another order"
+        trained = [pair for pair in zip(whole, cut, strict=True) if pair[0]["kind"] == "train"]
+        assert len(trained) >= 3
+        for undisturbed, resumed in trained:
+            for name in names:
+                assert resumed[name] == pytest.approx(undisturbed[name], rel=1e-3, abs=1e-4), (label, name)
+
+
+# --- copies on the machine itself ------------------------------------------------------------------------------------
+
+OWN = ["model/rank-001.safetensors", "state/rank-001.json"]
+# What happens between two attempts, and which parts each rank fetches then.
+HARM: dict[str, list[list[str]]] = {
+    "copies-store-damaged": [[], []],
+    "copies-damaged": [[], ["model/rank-001.safetensors"]],
+    "copies-moved": [[], OWN],
+    "copies-killed": [[], []],
+}
+
+
+def copies_of(machine: Path, label: str) -> dict[str, Path]:
+    """What a machine keeps of an interrupted stage, by checkpoint and checksum."""
+    (folder,) = machine.glob(f"rlhf-cache-*/checkpoints/sft-{label}-*")
+    return {str(path.relative_to(folder)): path for path in folder.glob("*/*")}
+
+
+def markers_of(root: Path, label: str) -> list[Checkpoint]:
+    """Checkpoints of an interrupted stage, the newest first."""
+    store = Store(f"file://{root}/store")
+    keys = [
+        key for key in store.list("sft") if f"/{label}-" in key and key.endswith(".json") and "/checkpoints/" in key
+    ]
+    return [checkpoints.marker_at(store, key) for key in sorted(keys, reverse=True)]
+
+
+@pytest.fixture(scope="module")
+def taken_up(tiny_root, tmp_path_factory):
+    out, machine = tmp_path_factory.mktemp("copies"), tmp_path_factory.mktemp("machine")
+    others = [label for label in HARM if label != "copies-killed"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(machine))
+        arguments: dict[str, Any] = {"root": str(tiny_root), "labels": others, "killed": "copies-killed"}
+        ranks.run(2, "leave_copies", out / "first", 120, "resume_scenarios.py", [-9, -9], **arguments)
+        kept = {label: copies_of(machine, label) for label in HARM}
+        listed = {label: markers_of(tiny_root, label) for label in HARM}
+        store, (newest, *_) = Store(f"file://{tiny_root}/store"), listed["copies-store-damaged"]
+        for part in newest.parts:
+            store.write(newest.part_key(part), bytes(part.size))
+        (damaged,) = [p.sha256 for p in listed["copies-damaged"][0].parts if p.name == "model/rank-001.safetensors"]
+        for path in kept["copies-damaged"].values():
+            if path.name == damaged:
+                data = bytearray(path.read_bytes())
+                data[len(data) // 2] ^= 4
+                path.write_bytes(data)
+        arguments = {"root": str(tiny_root), "labels": list(HARM), "moved": "copies-moved"}
+        found = ranks.run(2, "take_up_copies", out / "second", 180, "resume_scenarios.py", **arguments)
+    return found, kept, listed
+
+
+@pytest.mark.parametrize("label", HARM)
+def test_a_node_takes_its_own_copies_and_fetches_only_what_it_lacks_of_its_own_ranks(taken_up, label):
+    found, *_ = taken_up
+    assert found[label] == {"fetched": HARM[label], "left": False, "same": True}
+
+
+@pytest.mark.parametrize("label", HARM)
+def test_of_an_interrupted_stage_the_newest_checkpoints_stay_on_the_machine_and_nothing_else(taken_up, label):
+    _, kept, listed = taken_up
+    assert [marker.position.step for marker in listed[label]] == [4, 3]
+    wanted = {
+        f"{marker.attempt:06d}-{marker.position.mark}/{part.sha256}"
+        for marker in listed[label]
+        for part in marker.parts
+    }
+    assert set(kept[label]) == wanted
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of its own of 96 MB; skips where none can be made."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"needs a disk of its own: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a log may still be open
+
+
+def test_a_disk_that_fills_up_costs_the_copies_and_no_checkpoint(tiny_root, small_disk, monkeypatch):
+    """A snapshot is 5 MB here, and 2 MB are left for the third."""
+    monkeypatch.setenv("TMPDIR", str(small_disk))
+    out = small_disk / "out"
+    found = ranks.run(1, "no_room_for_copies", out, 120, "resume_scenarios.py", root=str(tiny_root), fill=True)
+    assert found == {"copies": [0, 1, 2, 0, 0], "saved": 5}
+    assert (out / "rank-0.log").read_text().count("the disk would be too full") == 1
+
+
+def test_nothing_is_copied_beyond_the_limit_of_the_cache(tiny_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RLHF_CACHE_GB", "0")
+    found = ranks.run(1, "no_room_for_copies", tmp_path, 120, "resume_scenarios.py", root=str(tiny_root), fill=False)
+    assert found == {"copies": [0, 0, 0, 0, 0], "saved": 5}
+    assert (tmp_path / "rank-0.log").read_text().count("RLHF_CACHE_GB") == 1

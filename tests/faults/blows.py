@@ -101,8 +101,7 @@ KILLS = {
     for kind in (
         Kind("kill -9 of rank 0", _process("rank 0")),
         Kind("kill -9 of rank 1", _process("rank 1")),
-        Kind("kill -9 of the deepspeed launcher", _process("launcher")),
-        Kind("kill -9 of launch.py", _process("launch.py")),
+        Kind("kill -9 of the launcher", _process("launcher")),
         Kind("kill -9 of the guard", _process("guard")),
         Kind("kill -9 of the flow", _flow(signal.SIGKILL), flow=True),
         Kind("kill -9 of the flow, storage away", _flow_without_storage, flow=True),

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from blows import World
 from chain import Chain
+from nodes import TABLE, node_table  # noqa: F401  (a fixture)
 from pipeline import Pipeline
 from proxy import FaultProxy
 from s3 import S3Server, weed_binary
@@ -31,13 +32,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    folder = config.getoption("--faults-report", None)
+    if table := config.stash.get(TABLE, None):
+        terminalreporter.section("faults of nodes")
+        terminalreporter.write_line(table.markdown())
+        if folder:
+            table.write(Path(folder))
     tally, began = config.stash.get(TALLY, (None, 0.0))
     if tally is None or not tally.rows:
         return
     terminalreporter.section("faults")
     terminalreporter.write_line("\n".join(tally.text()))
     terminalreporter.write_line(f"{tally.requests_hit} requests hit; took {time.monotonic() - began:.0f} s")
-    if folder := config.getoption("--faults-report", None):
+    if folder:
         tally.write(Path(folder), time.monotonic() - began)
 
 

@@ -22,11 +22,7 @@ from rlhf_core.artifacts import ArtifactRef
 from rlhf_core.launch import TRAIN
 from rlhf_core.store import Store
 
-MODULES = {
-    "launcher": "deepspeed.launcher.runner",
-    "launch.py": "deepspeed.launcher.launch",
-    "guard": "rlhf_core.guard",
-}
+MODULES = {"launcher": "deepspeed.launcher.launch", "guard": "rlhf_core.guard"}
 SAVED = ("rollout", "score", "update", "saved")
 HURRY_SECONDS = 240
 
@@ -141,7 +137,7 @@ class Run:
         return next(iter(self.jobs()), "")
 
     def find(self, what: str, seconds: float = 15) -> int | None:
-        """The process that is "rank N", "launcher", "launch.py" or "guard"; waits for it while the job starts."""
+        """The process that is "rank N", "launcher" or "guard"; waits for it while the job starts."""
         until(lambda: self._find(what) or self.process.poll() is not None, seconds)
         return self._find(what)
 

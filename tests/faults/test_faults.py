@@ -23,7 +23,7 @@ CHAINS: dict[str, tuple[StageName, bool, tuple[str, ...]]] = {
         "kill -9 of everything", "kill -9 of the flow / upload",
     )),
     "sft": ("sft", False, (
-        "kill -9 of rank 0", "kill -9 of rank 1", "kill -9 of the deepspeed launcher", "kill -9 of launch.py",
+        "kill -9 of rank 0", "kill -9 of rank 1", "kill -9 of the launcher", "kill -9 of the launcher",
         "kill -9 of the guard", "kill -9 of the flow", "kill -9 of the flow, storage away", "kill -9 of rank 1 / evaluate",
         "kill -9 of the flow / upload",
     )),
@@ -32,12 +32,12 @@ CHAINS: dict[str, tuple[StageName, bool, tuple[str, ...]]] = {
         "SIGTERM to the flow / evaluate", "kill -9 of everything / evaluate",
     )),
     "reward": ("reward", False, (
-        "kill -9 of rank 1", "kill -9 of the guard", "kill -9 of the flow", "SIGTERM to the flow", "kill -9 of launch.py",
+        "kill -9 of rank 1", "kill -9 of the guard", "kill -9 of the flow", "SIGTERM to the flow", "kill -9 of the launcher",
         "kill -9 of rank 0 / moments", "kill -9 of the flow / upload",
     )),
     "ppo": ("ppo", False, (
-        "kill -9 of rank 0", "kill -9 of rank 1", "kill -9 of the deepspeed launcher", "kill -9 of the guard",
-        "kill -9 of the flow", "SIGTERM to the flow", "SIGTERM to the job", "kill -9 of launch.py",
+        "kill -9 of rank 0", "kill -9 of rank 1", "kill -9 of the launcher", "kill -9 of the guard",
+        "kill -9 of the flow", "SIGTERM to the flow", "SIGTERM to the job", "kill -9 of the launcher",
         "kill -9 of rank 0 / upload",
     )),
     "ppo-again": ("ppo", False, (
@@ -45,12 +45,12 @@ CHAINS: dict[str, tuple[StageName, bool, tuple[str, ...]]] = {
         "kill -9 of rank 1", "kill -9 of the guard", "kill -9 of the flow, storage away", "kill -9 of the flow / upload",
     )),
     "dpo-local": ("dpo", True, (
-        "kill -9 of rank 0", "kill -9 of the flow", "SIGTERM to the job", "kill -9 of the deepspeed launcher",
+        "kill -9 of rank 0", "kill -9 of the flow", "SIGTERM to the job", "kill -9 of the launcher",
         "kill -9 of the guard", "kill -9 of rank 1 / evaluate",
     )),
     "evaluate": ("evaluate", False, (
         "kill -9 of rank 0 / sample", "kill -9 of the flow / perplexity", "SIGTERM to the flow / KL",
-        "kill -9 of the guard / judge", "kill -9 of launch.py / report", "kill -9 of the flow / upload",
+        "kill -9 of the guard / judge", "kill -9 of the launcher / report", "kill -9 of the flow / upload",
     )),
 }  # fmt: skip
 

@@ -1,23 +1,31 @@
 """A stage whose ranks behave as `job.spec["behave"]` says; stands where rlhf_core.train stands in a real job."""
 
 import argparse
-import faulthandler
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import timedelta
+from pathlib import Path
 
 from rlhf_core import preemption
+from rlhf_core.errors import ConfigError, NonFiniteError, Preempted
 from rlhf_core.job import JobResult, JobSpec, progress_line, read_job
 from rlhf_core.store import Store
-from rlhf_core.train import end_with_guard
+from rlhf_core.train import begin, run_to_end
 
 RANK = int(os.environ.get("RANK", "0"))
 
 
+def arrived():
+    """Lets the test know that this rank is where it wants it."""
+    Path(os.environ["RLHF_SCRATCH"], f"arrived-{RANK}").touch()
+
+
 def stuck_in_this_function():
+    arrived()
     while True:
         time.sleep(1)
 
@@ -28,12 +36,24 @@ def write_result(store: Store, job: JobSpec, job_id: str | None = None):
     store.write(f"{job.folder}/result.json", result.model_dump_json().encode())
 
 
+def meet_the_others():
+    """Train as ranks do: bound to each other by collectives. Returns what they do next, which ends when one is gone."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.all_reduce(torch.ones(1))
+    arrived()
+    return lambda: dist.all_reduce(torch.ones(1))
+
+
 def save_when_told(store: Store, job: JobSpec):
     """Saves as a checkpointer does: when told, for a while, with the help of a process of its own; rank 0 is the slowest."""
     local = tempfile.mkdtemp(dir=os.environ["RLHF_SCRATCH"])
     helping = subprocess.Popen(["sleep", "1000"])
     preemption.install(job.resources.checkpoint.notice)
     # A real checkpointer tells the other ranks of a notice, which only the first one watches; here each goes on alone.
+    arrived()
     while not (reason := preemption.requested()):
         time.sleep(0.05)
     time.sleep(0.3)
@@ -41,20 +61,12 @@ def save_when_told(store: Store, job: JobSpec):
     helping.kill()
     time.sleep(1 if RANK else 2.5)  # the launcher ends rank 0 as soon as it sees that rank 1 has ended
     store.write(f"{job.folder}/saved-{RANK}", f"{reason}, local files in {local}".encode())
-    print(f"error: {reason}; saved at step 1", file=sys.stderr, flush=True)
-    sys.exit(75)
+    raise Preempted(f"{reason}; saved at step 1")
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--job", required=True)
-    parser.add_argument("--local_rank", type=int, default=0)
-    store, job = read_job(parser.parse_args().job)
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    end_with_guard()
+def behave_as_told(store: Store, job: JobSpec):
     behave = job.spec["behave"]
-    if RANK == 0:
-        print(progress_line({"step": 1, "total": 2, "unit": "step", "phase": "train", "metrics": {"loss": 2.0}}))
+    print(progress_line({"step": 1, "total": 2, "unit": "step", "phase": "train", "metrics": {"loss": 2.0 + RANK}}))
     print(f"rank {RANK} of {os.environ.get('WORLD_SIZE', '1')} here at {time.time()}", flush=True)
     if behave == "succeed":
         if RANK == 0:
@@ -67,15 +79,44 @@ def main():
         write_result(store, job, "sft/other/1")
     elif behave == "wrong configuration":
         print("Traceback that the user must not see", file=sys.stderr)
-        if RANK == 0:
-            print("error: optim.lr: 0 must be positive; e.g. 1e-5", file=sys.stderr)
-        else:
+        if RANK:
             time.sleep(1)
-        sys.exit(2)
+        raise ConfigError("optim.lr: 0 must be positive; e.g. 1e-5")
     elif behave == "raise":
         for n in range(100):
             print(f"line {n}")
         raise RuntimeError("the loss went for a walk")
+    elif behave == "rank 1 raises, the others wait for it":
+        collective = meet_the_others()
+        if RANK == 1:
+            raise RuntimeError("the loss went for a walk")
+        collective()
+    elif behave == "wait for each other":
+        collective = meet_the_others()
+        if RANK == 1:
+            time.sleep(1000)
+        collective()
+    elif behave == "rank 1 finds no number, the others wait for it":
+        collective = meet_the_others()
+        if RANK == 1:
+            raise NonFiniteError("step 7: the loss is nan")
+        collective()
+    elif behave == "eat memory":
+        arrived()
+        eaten = []
+        while True:
+            eaten.append(b"x" * (8 << 20))
+    elif behave == "talk in turns":
+        for n in range(4):
+            word = Path(os.environ["RLHF_SCRATCH"], f"word-{n}")
+            if n % 2 == RANK:
+                time.sleep(1)
+                print(word.name, flush=True)
+                word.touch()
+            while not word.exists():
+                time.sleep(0.05)
+        if RANK == 0:
+            write_result(store, job)
     elif behave == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     elif behave == "hang":
@@ -96,6 +137,11 @@ def main():
         while True:
             print(progress_line({"step": (step := step + 1), "total": 10**6}), flush=True)
             time.sleep(0.1)
+    elif behave == "rank 1 tells of progress for ever":
+        while True:
+            if RANK == 1:
+                print(progress_line({"step": 5, "total": 10, "phase": "train"}), flush=True)
+            time.sleep(0.1)
     elif behave == "chat for ever":
         while True:
             print("still here", flush=True)
@@ -104,5 +150,17 @@ def main():
         raise ValueError(behave)
 
 
+def main() -> int:
+    begin()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--job", required=True)
+    parser.add_argument("--local_rank", type=int, default=0)
+    url = parser.parse_args().job
+    return run_to_end(lambda: behave_as_told(*read_job(url)), url)
+
+
 if __name__ == "__main__":
-    main()
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -46,6 +46,7 @@ def save(store: Store, job: JobSpec, step: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--job", required=True)
+    parser.add_argument("--local_rank")
     store, job = read_job(parser.parse_args().job)
     end_with_guard()
     context = JobContext(job=job, store=store, out=Path(tempfile.mkdtemp(dir=os.environ["RLHF_SCRATCH"])))

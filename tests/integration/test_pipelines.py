@@ -64,12 +64,16 @@ def test_dpo_learns_from_the_pairs_and_is_evaluated_and_carded(folder):
 def test_ppo_on_a_function_needs_no_reward_model_and_its_average_is_evaluated(folder, monkeypatch):
     monkeypatch.setenv("RLHF_ALLOW_CODE", "1")
     judge = folder / "judge.py"
-    judge.write_text("def brief(prompts, responses):\n    return [-0.1 * len(text) for text in responses]\n")
+    judge.write_text(
+        f"assert not __file__.startswith({str(folder)!r}), 'ranks take the copy that came with the job'\n"
+        "def brief(prompts, responses):\n    return [-0.1 * len(text) for text in responses]\n"
+    )
     rewards = [{"kind": "function", "function": f"{judge}:brief"}]
     ppo = {"steps": 3, "rollout_batch_size": 8, "rewards": rewards, "ema": {"decay": 0.5}, "snapshot_every": 2}
     config = pipeline(folder, ppo={**ppo, "max_response_tokens": 8})
     made = run(config)
     assert list(made) == ["data", "sft", "ppo", "evaluate"]
+    assert Store(config.store).read(f"{made['ppo'].ref.id}/attempts/0001/code/00-judge.py") == judge.read_bytes()
     models = {"actor", "actor_ema", "snapshots/step-000002"}
     assert {f"{name}/{file}" for name in models for file in ("config.json", "README.md")} <= files(made["ppo"])
     metrics = made["evaluate"].metrics

@@ -18,8 +18,8 @@ def job_id():
     return f"unit/{uuid.uuid4().hex}"
 
 
-def start(job_id, *command, parent=None, grace=1, folder=None):
-    owner = ["--job-id", job_id, "--parent", str(parent or os.getpid()), "--grace", str(grace)]
+def start(job_id, *command, parent=None, grace=1, folder=None, ask="ranks"):
+    owner = ["--job-id", job_id, "--parent", str(parent or os.getpid()), "--grace", str(grace), "--ask", ask]
     owner += ["--folder", str(folder)] if folder else []
     argv = [sys.executable, "-m", "rlhf_core.guard", *owner, "--", *command]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -107,6 +107,58 @@ RANK=0 bash -c 'sleep 100 & trap "kill -0 $! && echo child lives; exit 75" TERM;
     process.terminate()
     assert process.communicate(timeout=10)[0] == "child lives\n"
     assert process.returncode == 75
+
+
+def test_the_code_of_a_launcher_that_is_ended_is_not_taken_for_its_ranks(job_id):
+    """It says what it likes when it is told to end; who tells the guard finds his signal in the code."""
+    process = start(job_id, "bash", "-c", "trap 'exit 3' TERM; echo up; sleep 100 & wait")
+    assert process.stdout and process.stdout.readline() == "up\n"
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+# --- a command that looks after ranks elsewhere --------------------------------------------------------------------
+
+# What it has started would end at SIGTERM, and says so.
+HEAD = """
+RANK=0 bash -c 'trap "echo connection told; exit 1" TERM; sleep 100 & wait' &
+trap 'echo asked to {what}; sleep 0.5; kill -0 $! && echo connection lives; kill -9 $!; exit {code}' {signal}
+echo up
+wait
+"""
+
+
+def test_a_command_that_is_asked_is_told_alone_and_has_the_grace(job_id):
+    script = HEAD.format(what="save", code=75, signal="TERM")
+    process = start(job_id, "bash", "-c", script, grace=10, ask="command")
+    assert process.stdout and process.stdout.readline() == "up\n"
+    process.terminate()
+    assert process.communicate(timeout=10)[0].splitlines() == ["asked to save", "connection lives"]
+    assert process.returncode == 75
+
+
+def test_a_command_that_is_asked_has_some_time_to_end_its_ranks_at_once(job_id):
+    script = HEAD.format(what="hurry", code=0, signal="QUIT")
+    process = start(job_id, "bash", "-c", script, grace=0.1, ask="command")
+    assert process.stdout and process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGQUIT)
+    assert process.communicate(timeout=10)[0].splitlines() == ["asked to hurry", "connection lives"]
+
+
+# --- without a grace ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [None, signal.SIGTERM], ids=["", "while the grace lasts"])
+def test_sigquit_ends_the_whole_tree_at_once(job_id, before):
+    process = start(job_id, "bash", "-c", "trap '' TERM; RANK=0 sleep 100 & echo up; sleep 101 & wait", grace=500)
+    assert process.stdout and process.stdout.readline() == "up\n"
+    if before:
+        process.send_signal(before)
+        time.sleep(0.5)
+    process.send_signal(signal.SIGQUIT)
+    process.communicate(timeout=15)
+    assert not guard.processes_of(job_id)
 
 
 @pytest.mark.parametrize("script", ["exit 0", "exit 1", "sleep 100"])

@@ -10,9 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TRAINING = {"torch", "deepspeed", "transformers", "datasets"}
 CONTRACT = (
-    "errors canonical sealed specs resources config entries cache artifacts aliases checkpoints layout verification inventory gc "
-    "transfer store store_local store_s3 s3_client s3_upload patience credentials sources job lease preemption plan launch guard "
-    "doctor context gold card tensorboard reward_sources eval.request eval.pairs eval.peak"
+    "errors canonical sealed specs resources config entries cache artifacts aliases checkpoints layout "
+    "verification inventory gc transfer store store_local store_s3 s3_client s3_upload patience credentials "
+    "sources job lease preemption plan launch guard doctor cluster ends members starting hosts interfaces room "
+    "ssh start_ssh start_slurm start_nodes slurm preflight doctor_hosts failures outcome ranklog joblog link head node "
+    "context local_parts reward_code next_attempt gold card tensorboard reward_sources eval.request eval.pairs "
+    "eval.peak"
 ).split()
 
 

@@ -345,17 +345,15 @@ class Head:
         grace = plan if can_save else 0.0
         reason = "done" if done else failure.detail if failure else "a node has ended"
         self._order("end", reason=reason, grace=None if can_save else 0.0)
-        lost = failure.node if failure else None  # whoever has lost its link or its process tells nothing any more
-        began = time.monotonic()
-        until = began + grace + KILL_SECONDS + ENDING_SECONDS
-        while time.monotonic() < until:
-            self._hear()
-            waiting = [m for m in self.members if m.beat and m.first and m.end is None and m.seat.node != lost]
-            if not waiting:
-                break
+        until = time.monotonic() + grace + KILL_SECONDS + ENDING_SECONDS
+        while time.monotonic() < until and self._are_ending(failure):
             time.sleep(LOOK_SECONDS)
         ends = [(m.name, m.end) for m in self.members if m.end]
         if failure is None:
+            lost = [t for t in self._troubles if t.node is not None and self.members[t.node].end is None]
+            ranks = [rank for _, end in ends for rank in end.ranks if rank.code]
+            if lost and all(rank.told or failures.is_neighbours(rank) for rank in ranks):
+                return self._of_troubles(lost)
             concluded = self._conclude(ends)
             return self._why(concluded) if concluded and self.job.resources.launcher == "slurm" else concluded
         if failure.kind != "preempted" or (ends and all(end.code in (0, ExitCode.PREEMPTED) for _, end in ends)):
@@ -363,6 +361,13 @@ class Head:
         # Told to end, but not all could save.
         concluded = self._conclude([(name, end) for name, end in ends if end.code != ExitCode.PREEMPTED])
         return concluded or failure.model_copy(update={"code": 128 + signal.SIGTERM, "kind": "killed"})
+
+    def _are_ending(self, failure: Failure | None) -> bool:
+        """Whether a node may still tell how it ended: not those that have lost their link or their process."""
+        self._hear()
+        self._troubles += self.starter.look()
+        gone = {trouble.node for trouble in self._troubles} | ({failure.node} if failure else set())
+        return any(m.beat and m.first and m.end is None and m.seat.node not in gone for m in self.members)
 
     def _why(self, concluded: Failure) -> Failure:
         """Nodes that saved or were killed were told to end by what holds them, which says a little later whether to go on."""

@@ -49,20 +49,30 @@ THROUGHPUT = {
 }
 # Why a cell is far off, as far as it can be told.
 WHY = {
-    ("v100-32g:1", "1.3b"): "fp16 without bf16's and Ampere's kernels: a V100 reaches less of its peak than an A100",
-    ("a100-40g:1", "6.7b"): "two copies of the weights and LoRA's state leave 3 GB: one more or less byte a token halves the batch",
-    ("a100-40g:8", "30b"): "memory at its limit; the published step falls to 40 % of the 80 GB one's, we keep a larger batch",
-    ("a100-80g:8", "6.7b"): "published faster than 13B by more than the ratio of the sizes: perhaps without recomputation",
-    ("a100-80g:64", "1.3b"): "16 sequences a GPU: 7 s a step are published, of which launches and products explain 5",
-    ("a100-80g:64", "30b"): "16 sequences a GPU; the script's batch is 4, which would double the time of generation",
-    ("a100-80g:64", "66b"): "as 30B: the script's batch is 4",
+    ("v100-32g:1", "1.3b"): "a V100 reaches less of its peak than the A100s that most cells are of",
+    (
+        "a100-40g:1",
+        "6.7b",
+    ): "two copies of 13 GB and a critic of 6 leave room for 4 sequences here; published is the rate of about 8",
+    (
+        "a100-40g:8",
+        "30b",
+    ): "memory at its limit: published falls to 40 % of the 80 GB rate, here only the batch does",
+    ("a100-80g:64", "1.3b"): "7.2 s a step of 16 sequences a GPU are published; launches and products explain 5.4",
+    (
+        "a100-80g:64",
+        "30b",
+    ): "16 sequences a GPU fit; the published script has 4, which would double generation's time a sequence",
+    ("a100-80g:64", "66b"): "16 sequences a GPU fit; the published script has 4",
 }
 CRITIC = KNOWN["opt-350m"]
 LORA = LoRASpec(rank=128)
 USABLE = 0.98  # of the device's memory
 CONTEXT = 1e9  # CUDA's
 LOGITS = 4  # copies of all positions' logits in fp16: logits and log-probabilities, and the gradients of both
-TIMES_KEPT = 10  # bytes a pair of positions that eager attention writes and reads: scores, mask, softmax in fp32, dropout
+TIMES_KEPT = (
+    10  # bytes a pair of positions that eager attention writes and reads: scores, mask, softmax in fp32, dropout
+)
 SHARDS = (1, 2, 4, 8)
 HOP = 30e-6  # seconds of an all-reduce within a node
 
@@ -169,7 +179,7 @@ def throughput(size: str, own: Efficiency) -> tuple[float, float, float]:
     step = step_of(f"a100-80g:{THROUGHPUT[size][0]}", size, own)
     assert step
     work = step.batch * accounted(KNOWN[f"opt-{size}"]) / 1e12
-    return work / step.generation, 4 * work / step.training, 5 * work / step.seconds
+    return work / step.generation, 4 * work / (step.scoring + step.training), 5 * work / step.seconds
 
 
 def largest(where: str, own: Efficiency) -> str:

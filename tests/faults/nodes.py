@@ -77,6 +77,7 @@ class Fault:
         heal: makes the host usable again.
         flow: the control plane ends with it.
         stall: seconds without progress that the job is given.
+        outlived: the job may also go on to its end.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Fault:
     heal: Callable[["NodeRun"], None] = lambda _: None
     flow: bool = False
     stall: float = 120.0
+    outlived: bool = False
 
 
 class NodeRun:
@@ -133,9 +135,12 @@ class NodeRun:
         fault.strike(self)
         watch.join()
         failure = until(lambda: self.failure(attempt), 20) if not fault.flow else None
-        if not (failure and failure.kind in GOES_ON):
+        survived = fault.outlived and not failure and run.wait(GONE_SECONDS) == 0
+        if not survived and not (failure and failure.kind in GOES_ON):
             assert run.wait(GONE_SECONDS) != 0, f"{fault.name} hit nothing: {run.tail()}"
         fault.heal(self)
+        if survived:
+            return Outcome(fault.name, 0.0, 0.0, "nothing: the job went on", "")
         kind = failure.kind if failure else "the control plane was gone" if fault.flow else "?"
         told = failure.detail if failure else ""
         outcome = Outcome(fault.name, watch.noticed, watch.gone, kind, told)

@@ -85,6 +85,7 @@ FAULTS = {
             on("node2", "sh", "-c", "dd if=/dev/zero of=/tmp/ballast bs=1M 2> /dev/null; true"),
             ("crashed",),
             on("node2", "rm", "/tmp/ballast"),
+            outlived=True,  # copies of checkpoints that only save time make room
         ),
         Fault(
             "SIGTERM to the control plane", lambda run: run.run.process.terminate() if run.run else None, (), flow=True
@@ -149,4 +150,5 @@ def test_out_of_memory_on_a_host_is_told_from_a_kill_and_tried_again_with_half_t
     node_table.rows.append(outcome)
     assert outcome.noticed < LIMIT and manifest.provenance["halved"]["micro_batch"] == 2
     undisturbed = run.pipeline.manifest("sft").metrics
-    assert manifest.metrics["loss_last"] == pytest.approx(undisturbed["loss_last"], rel=1e-3)
+    # Which units drop out depends on the micro-batch.
+    assert manifest.metrics["loss_last"] == pytest.approx(undisturbed["loss_last"], rel=1e-2)

@@ -251,17 +251,17 @@ class Checkpointer:
         if (save := self._save) is None:
             return False
         pause = 0.01
-        with self.context.transferring():
-            while True:
-                failed, busy = sum_over_ranks([float(save.failed), float(save.busy)])
-                if failed:
-                    return True
-                if not busy:
-                    break
-                save.join(pause)
-                if not save.busy:
-                    time.sleep(pause)
-                pause = min(1.0, 2 * pause)
+        while True:
+            failed, busy = sum_over_ranks([float(save.failed), float(save.busy)])
+            if failed:
+                return True
+            if not busy:
+                break
+            save.join(pause)
+            if not save.busy:
+                time.sleep(pause)
+            pause = min(1.0, 2 * pause)
+            self.context.alive()  # not from a thread: while a rank hangs, none may say that all goes well
         self._save, self._parts, self._failures = None, save.parts, 0
         self.stored += save.stored
         return False

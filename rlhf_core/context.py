@@ -44,6 +44,7 @@ class JobContext:
     started: float = field(default_factory=time.monotonic)
     resumed: list[dict[str, Any]] = field(default_factory=list)
     _last: dict[str, Any] = field(default_factory=lambda: {"step": 0, "total": 1, "phase": "start"})
+    _told: float = 0.0
     _fetched: dict[tuple[str, str], Path] = field(default_factory=dict)
     _manifests: dict[str, Manifest] = field(default_factory=dict)
 
@@ -90,23 +91,26 @@ class JobContext:
         Ranks that share one output leave it to rank 0, whose progress theirs would be taken for.
         """
         event = {"step": step, "total": total, "unit": unit, "phase": phase, "metrics": metrics or {}}
-        self._last = event
+        self._last, self._told = event, time.monotonic()
         if self.is_main or redirected():
             print(progress_line(event), flush=True)
 
-    @contextmanager
-    def transferring(self, phase: str | None = None) -> Iterator[None]:
-        """Give signs of life while data go to or come from the store, whose every request has a time limit of its own.
+    def alive(self) -> None:
+        """Repeat the last progress, at most every few seconds.
 
-        Args:
-            phase: what is told; default: the last progress again.
+        For who waits for other ranks in a loop and asks them each time: if one of them hangs, this is not called any more.
         """
+        if time.monotonic() - self._told > ALIVE_SECONDS:
+            self.progress(**self._last)
+
+    @contextmanager
+    def transferring(self, phase: str) -> Iterator[None]:
+        """Give signs of life while data go to or come from the store, whose every request has a time limit of its own."""
         over = threading.Event()
-        event = {"step": 0, "total": 1, "phase": phase} if phase else self._last
 
         def tell() -> None:
             while not over.wait(ALIVE_SECONDS):
-                self.progress(**event)
+                self.progress(0, 1, phase)
 
         thread = threading.Thread(target=tell, daemon=True, name="signs of life")
         thread.start()

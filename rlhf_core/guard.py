@@ -186,7 +186,8 @@ class Guard:
                 environment,
                 setpgroup=0,
                 setsigmask=(),
-                setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),  # Python ignores them, which a child would inherit
+                # Python ignores the first two, whoever starts us in the background others; a child would inherit that.
+                setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, *STOP_SIGNALS),
             )
         except OSError as error:
             self.say(f"cannot start {command[0]}: {error.strerror}")

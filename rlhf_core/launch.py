@@ -341,7 +341,7 @@ def watch(process: subprocess.Popen[bytes], lease: Lease, log: JobLog, module: s
         silent = f"no progress for {now - sign:.0f} s" if limit == "stalled" else f"ran for {now - began:.0f} s"
         log.note(f"{limit}: {silent}; stacks of all ranks follow")
         dump_stacks(job, module)
-        log.wait(STACK_SECONDS + (3 * BEAT_SECONDS if has_head(job) else 0))
+        log.wait(STACK_SECONDS + (2 * BEAT_SECONDS if has_head(job) else 0))
         return LIMIT_EXCEEDED, limit
     return code, None
 

@@ -127,7 +127,7 @@ def test_a_stage_that_is_told_to_end_saves_where_it_is_and_goes_on_there(told, l
 
 def check(found: dict[str, Any], label: str) -> None:
     result = found[label]
-    assert len(result["saved"]) > 2
+    assert len(result["saved"]) >= 2
     if "every" not in ALL[label]:  # older attempts' checkpoints are removed as the last one makes its own
         assert result["saved"] == result["positions"][-len(result["saved"]) :], "a point was left out or passed twice"
     assert result["different"] == [], "weights, moments or the average differ"

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -26,11 +25,6 @@ pytest_plugins = ["slurm"]
 
 HERE = Path(__file__).parent
 MODULE = "fake_stage"
-# Nodes are not told of another stage's module, which only tests have.
-INTERPRETER = """#!/bin/sh
-case "$*" in *"rlhf_core.node --artifact"*) set -- "$@" --module {module} ;; esac
-exec {python} "$@"
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -51,16 +45,13 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def make(store, tmp_path, slurm):
+def make(store, slurm):
     """Makes jobs, and asserts at the test's end that nothing of them is left on any node."""
-    python = tmp_path / "python"
-    python.write_text(INTERPRETER.format(module=MODULE, python=sys.executable))
-    python.chmod(0o755)
     jobs = []
 
     def make(behave, nodes=2, grace=10.0, ref=None, **plan):
         digest = hashlib.sha256(uuid.uuid4().bytes).hexdigest()
-        cluster = Cluster(nodes=nodes, python=str(python), slurm=SlurmPlan(**plan), start_seconds=40)
+        cluster = Cluster(nodes=nodes, slurm=SlurmPlan(**plan), start_seconds=40)
         job = JobSpec(
             stage="sft", store=store.url, attempt=1, job_id="", spec={"behave": behave, "batch_size": 4}, identity={},
             output=ref or ArtifactRef(stage="sft", name="test", fingerprint=digest),

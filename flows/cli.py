@@ -24,14 +24,6 @@ from flows.logs_cli import logs
 from flows.node_cli import node
 from flows.selection import forced_stages, plan_run, plan_to_run
 from flows.show import err, out, show_checks, show_hosts, show_plan, show_results
-from flows.show_planner import (
-    HardwareOption,
-    ModelOption,
-    PriceOption,
-    PromptsOption,
-    RewardModelOption,
-    show_needs,
-)
 from flows.targets import DEFAULT_STORE, MODEL_FOLDERS, resolve, stage_name
 from rlhf_core import __version__
 from rlhf_core.config import PipelineConfig, load_config
@@ -61,7 +53,6 @@ app.add_typer(artifacts, name="artifacts")
 Config = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="pipeline YAML, e.g. deployments/configs/quickstart.yaml")
 ]
-OptionalConfig = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="pipeline YAML; --model needs none")]
 Force = Annotated[list[str] | None, typer.Option("--force", metavar="STAGE", help="build this stage anew; repeatable")]
 From = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="build this stage and all after it anew")]
 AllowCode = Annotated[
@@ -98,24 +89,9 @@ def _root(
 
 @app.command()
 def plan(
-    config: OptionalConfig = None,
-    sets: Set = None,
-    force: Force = None,
-    first: From = None,
-    allow_code: AllowCode = False,
-    hardware: HardwareOption = None,
-    model: ModelOption = None,
-    reward_model: RewardModelOption = None,
-    prompts: PromptsOption = None,
-    price: PriceOption = None,
+    config: Config, sets: Set = None, force: Force = None, first: From = None, allow_code: AllowCode = False
 ) -> None:
-    """Show for each stage whether it will be reused, resumed or built, and why. Starts nothing.
-
-    With --hardware: memory by part, the smallest change that makes a stage fit, time and cost on those devices instead.
-    """
-    if config is None or hardware or model or reward_model or prompts or price:
-        show_needs(config, sets or (), hardware, model, reward_model, prompts, price)
-        return
+    """Show for each stage whether it will be reused, resumed or built, and why. Starts nothing."""
     _allow_code(allow_code)
     loaded = load_config(config, sets or ())
     show_plan(plan_run(loaded, Store(loaded.store), _forced(loaded, force, first)), loaded)

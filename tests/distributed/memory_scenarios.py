@@ -32,18 +32,25 @@ class Peak:
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()  # else a look that began before a reset could bring back what was reset
         self.reset()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def reset(self) -> None:
-        self.base = self.highest = self._read()
+        with self._lock:
+            self.base = self.highest = self._read()
 
     def rise(self) -> int:
-        return max(self.highest, self._read()) - self.base
+        return self._look() - self.base
+
+    def _look(self) -> int:
+        with self._lock:
+            self.highest = max(self.highest, self._read())
+            return self.highest
 
     def _watch(self) -> None:
         while True:
-            self.highest = max(self.highest, self._read())
+            self._look()
             time.sleep(0.002)
 
     def _read(self) -> int:

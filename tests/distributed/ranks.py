@@ -24,9 +24,13 @@ def run(
     timeout: float = 240,
     script: str = "scenarios.py",
     codes: list[int] | None = None,
+    variables: dict[str, str] | None = None,
     **arguments: Any,
 ) -> Any:
-    """`function(**arguments)` of `script` on `world` ranks that end with `codes` (default 0); what rank 0 returned."""
+    """`function(**arguments)` of `script` on `world` ranks that end with `codes` (default 0); what rank 0 returned.
+
+    `variables` are set in the environment of the ranks besides.
+    """
     out.mkdir(parents=True, exist_ok=True)
     port = str(free_port())
     processes = []
@@ -37,6 +41,7 @@ def run(
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "RANKS_OUT": str(out),
             "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
+            **(variables or {}),
         }  # fmt: skip
         log = (out / f"rank-{rank}.log").open("w")
         command = [sys.executable, str(HERE / script), function, json.dumps(arguments)]

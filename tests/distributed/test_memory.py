@@ -46,13 +46,15 @@ def test_at_zero_3_no_rank_holds_the_whole_model_when_it_is_loaded_or_exported(s
     save_causal_lm(model.bfloat16(), tiny.tokenizer(), tmp_path / "model")
     written = weights(tmp_path / "model")
     del model  # stored in bf16, so that reading it in fp32 takes memory of its own and is no view of the file
-    options = {"folder": str(tmp_path / "model"), "small": str(small), "shard_bytes": 50_000_000}
+    # What is freed goes back at once: else the allocator keeps what it likes, up to all that a step of training took.
+    exact = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+    options = {"folder": str(tmp_path / "model"), "small": str(small), "shard_bytes": 50_000_000, "variables": exact}
     parts = run(2, "large", tmp_path / "p", target=str(tmp_path / "parts"), parts=True, **options)
     plain = run(2, "large", tmp_path / "w", target=str(tmp_path / "whole"), parts=False, **options)
     for rank in range(2):
-        # Half the model and one weight (0.65 here), and what the allocator keeps while it is built, which varies (to 0.87).
-        assert parts[rank]["load"] < 0.95 * whole < plain[rank]["load"]
-        assert parts[rank]["export"] < 0.5 * whole
+        # Half the model and one weight, 0.65 here; and one shard or less, 0.14.
+        assert parts[rank]["load"] < 0.8 * whole < 0.95 * whole < plain[rank]["load"]
+        assert parts[rank]["export"] < 0.4 * whole
         assert parts[rank]["losses"] == pytest.approx(plain[rank]["losses"], rel=1e-4)
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 8
     found, wanted = weights(tmp_path / "parts"), weights(tmp_path / "whole")

@@ -14,7 +14,7 @@ demo: $(VENV)/.installed ## set up and run the whole pipeline (CONFIG=… for an
 	@$(RLHF) run $(CONFIG)
 
 test: $(VENV)/.installed-dev ## set up and run the tests, two at a time
-	@$(BIN)/python -m pytest -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
 
 test-slow: $(VENV)/.installed-dev ## the tests that take minutes each
 	@$(BIN)/python -m pytest -m slow

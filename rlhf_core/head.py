@@ -23,18 +23,8 @@ from rlhf_core.errors import ConfigError, ExitCode, RlhfError, StoreError
 from rlhf_core.guard import AT_ONCE, KILL_SECONDS
 from rlhf_core.job import JobSpec, progress_line, read_job
 from rlhf_core.launch import TRAIN
-from rlhf_core.members import (
-    BEAT_SECONDS,
-    LOST_SECONDS,
-    Facts,
-    NodeBeat,
-    Order,
-    Orders,
-    Seat,
-    orders_key,
-    read_beat,
-    write,
-)
+from rlhf_core.member import Member
+from rlhf_core.members import BEAT_SECONDS, LOST_SECONDS, Facts, Order, Orders, Seat, orders_key, read_beat, write
 from rlhf_core.parallel import in_threads
 from rlhf_core.starting import Starter, Trouble
 from rlhf_core.store import Store
@@ -85,42 +75,6 @@ def starter_of(store: Store, job: JobSpec, seats: tuple[Seat, ...]) -> Starter:
 
         return NodesStarter(store, job, seats)
     raise ConfigError(f"resources.launcher: {job.resources.launcher} has no nodes to start")
-
-
-class Member:
-    """What the head knows of one node."""
-
-    def __init__(self, seat: Seat) -> None:
-        self.seat = seat
-        self.beat: NodeBeat | None = None
-        self.first: str | None = None  # the incarnation that got its place
-        self.heard = time.monotonic()
-        self.reported = 0.0  # when its facts came, in seconds since the epoch
-        self.shown = 0  # number of the last event or line that was printed
-
-    @property
-    def name(self) -> str:
-        """For messages: the name it was given, or the one it gives itself."""
-        facts = self.beat.facts if self.beat else None
-        return facts.host if facts and hosts.is_unnamed(self.seat) else self.seat.host
-
-    @property
-    def end(self) -> NodeEnd | None:
-        """How its ranks ended, once they have."""
-        return self.beat.end if self.beat and self.beat.state == "ended" else None
-
-    def hear(self, beat: NodeBeat | None) -> None:
-        """Take what was read of it; only what changes is a sign of life."""
-        if beat is None:
-            return
-        known = self.beat
-        if known is None or (beat.incarnation, beat.beat) != (known.incarnation, known.beat):
-            self.heard = time.monotonic()
-            if known is not None and beat.incarnation != known.incarnation:
-                self.shown = 0
-            if beat.facts and not (known and known.facts):
-                self.reported = time.time()
-            self.beat = beat
 
 
 class Head:

@@ -107,6 +107,7 @@ class DeepSpeedPPOTrainer:
             lock_step=zero3,
             on_batch=lambda _: self.tell(),
             on_token=self.give_up,
+            engine=self.resources.rollout_engine,
         )
         return self.scorer.unscored(rollout, names)
 

@@ -45,6 +45,9 @@ class Resources(Frozen):
     threads: Positive | None = Field(default=None, description="CPU threads a rank; default: cores / processes")
     micro_batch: Positive = Field(default=16, description="sequences a forward pass of training or scoring, per rank")
     rollout_micro_batch: Positive = Field(default=64, description="sequences generated at once, per rank")
+    rollout_engine: Literal["slots", "plain"] = Field(
+        default="slots", description="slots: rows that end make room for others; plain: whole batches, to compare with"
+    )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
         default=0, description="what DeepSpeed divides among the ranks"
     )

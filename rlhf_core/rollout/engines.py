@@ -1,0 +1,54 @@
+"""`generate`: one answer to each prompt, by the engine that resources name."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from rlhf_core.rollout.answers import Rollout
+from rlhf_core.rollout.plain import generate_plain
+from rlhf_core.rollout.sampling import Sampling
+from rlhf_core.rollout.slots import generate_slots
+
+EngineName = Literal["slots", "plain"]
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    sample_ids: Sequence[int],
+    sampling: Sampling,
+    *,
+    seed: int,
+    eos: int,
+    pad: int,
+    batch_size: int = 64,
+    lock_step: bool = False,
+    on_batch: Callable[[int], None] | None = None,
+    on_token: Callable[[], None] | None = None,
+    engine: EngineName = "slots",
+) -> Rollout:
+    """Sample one answer to each prompt.
+
+    Args:
+        model: a transformers causal language model, in eval mode.
+        prompts: token ids, one list a prompt.
+        sample_ids: the answers' names for the noise, unique in a run.
+        sampling: temperature, top-k, top-p and the longest answer.
+        seed: of the noise.
+        eos: ends an answer.
+        pad: fills rows; its positions are masked.
+        batch_size: rows decoded together.
+        lock_step: ranks make the same number of forward passes (ZeRO-3, where every one is collective).
+        on_batch: called with the number of answers done when some have ended.
+        on_token: called before each forward pass; what it raises gives the rollout up.
+        engine: changes nothing but rounding.
+    """
+    names = np.asarray(sample_ids, dtype=np.int64)
+    engines = {"slots": generate_slots, "plain": generate_plain}
+    return engines[engine](
+        model, prompts, names, sampling, seed=seed, eos=eos, pad=pad, batch_size=batch_size,
+        lock_step=lock_step, on_batch=on_batch, on_token=on_token,
+    )  # fmt: skip

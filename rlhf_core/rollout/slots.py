@@ -1,0 +1,218 @@
+"""Continuous batching: rows that have ended leave at once, prompts that wait take their places, and only live rows are computed.
+
+Prompts enter longest first, in groups of similar length so that little padding is computed, with the head at their last
+position only; the answers to one prompt share its pass. Every pass is either of a group that enters or one step of all rows, and
+the order of passes depends on nothing but lengths, so that the same call gives the same bits. With `lock_step` every rank
+makes as many passes as the busiest.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from rlhf_core.distributed import any_rank
+from rlhf_core.models import _accepts
+from rlhf_core.rollout.answers import Rollout, left_pad
+from rlhf_core.rollout.cache import SlotCache
+from rlhf_core.rollout.cpu import fast_steps
+from rlhf_core.rollout.sampling import Sampling, pack_bits, sample_token, uniform
+
+EFFICIENT_TOKENS = 512  # a pass of so many is as cheap a token as a larger one
+PADDING = 1.1  # tokens computed for each real one, up to which prompts enter together
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A prompt and the numbers of its answers, so few that they need not wait long for that many slots."""
+
+    prompt: tuple[int, ...]
+    answers: tuple[int, ...]
+
+
+def queue_of(prompts: Sequence[Sequence[int]], slots: int) -> list[Waiting]:
+    """Prompts in the order in which they enter: longest first; equal ones together, up to a quarter of the slots."""
+    together = -(-slots // 4)
+    asked: dict[tuple[int, ...], list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        asked.setdefault(tuple(prompt), []).append(number)
+    queue = [
+        Waiting(prompt, tuple(numbers[i : i + together]))
+        for prompt, numbers in asked.items()
+        for i in range(0, len(numbers), together)
+    ]
+    return sorted(queue, key=lambda entry: (-len(entry.prompt), entry.answers))
+
+
+def group_of(queue: Sequence[Waiting], free: int) -> int:
+    """How many entries of the queue enter together into `free` slots; 0 if the first does not fit."""
+    count = real = 0
+    longest = len(queue[0].prompt)
+    for entry in queue:
+        free -= len(entry.answers)
+        real += len(entry.prompt)
+        computed = longest * (count + 1)
+        if free < 0 or (count and computed > EFFICIENT_TOKENS and computed > PADDING * real):
+            break
+        count += 1
+    return count
+
+
+class Answers:
+    """The answers of a rollout as they grow.
+
+    Attributes:
+        lengths: `[answers]`, tokens so far.
+        done: how many have ended.
+    """
+
+    def __init__(self, count: int, sampling: Sampling, eos: int, pad: int, device: torch.device) -> None:
+        self.sampling, self.eos, self.done = sampling, eos, 0
+        self.lengths = np.zeros(count, dtype=np.int64)
+        shape = (count, sampling.max_new_tokens)
+        self.ids = torch.full(shape, pad, dtype=torch.long, device=device)
+        self.logprobs, self.entropy = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+        self.support: Tensor | None = None
+
+    def draw(self, numbers: np.ndarray, logits: Tensor, noise: np.ndarray) -> np.ndarray:
+        """Add a token to each of the answers `numbers`; which of them have ended with it, `[answers]` bool."""
+        drawn = sample_token(logits, self.sampling, noise)
+        at = torch.from_numpy(numbers).to(logits.device), torch.from_numpy(self.lengths[numbers]).to(logits.device)
+        self.ids[at], self.logprobs[at], self.entropy[at] = drawn.token, drawn.logprob, drawn.entropy
+        if drawn.keep is not None:
+            packed = pack_bits(drawn.keep)
+            if self.support is None:
+                self.support = packed.new_zeros((*self.ids.shape, packed.shape[-1]))
+            self.support[at] = packed
+        self.lengths[numbers] += 1
+        ended = (drawn.token == self.eos).cpu().numpy() | (self.lengths[numbers] == self.ids.shape[1])
+        self.done += int(ended.sum())
+        return ended
+
+    def rollout(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Rollout:
+        """All of them, as wide as the longest."""
+        width = int(self.lengths.max())
+        columns = torch.arange(width, device=self.ids.device)
+        mask = columns < torch.from_numpy(self.lengths).to(self.ids.device).unsqueeze(1)
+        parts = (self.ids, self.logprobs, self.entropy)
+        ids, logprobs, entropy = (part[:, :width].clone() for part in parts)
+        support = None if self.support is None else self.support[:, :width].clone()
+        return Rollout(prompt_ids, prompt_mask, ids, mask.long(), logprobs, entropy, support)
+
+
+class Slots:
+    """One rollout under way on this rank."""
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        names: np.ndarray,
+        sampling: Sampling,
+        seed: int,
+        eos: int,
+        pad: int,
+        slots: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.names, self.seed, self.pad = model, names, seed, pad
+        self.device = next(model.parameters()).device
+        self.queue = queue_of(prompts, slots)
+        self.answers = Answers(len(prompts), sampling, eos, pad, self.device)
+        self.running = np.zeros(0, dtype=np.int64)  # number of the answer of each row
+        self.tokens = torch.zeros(0, dtype=torch.long, device=self.device)  # the last of each row
+        longest = len(self.queue[0].prompt) + sampling.max_new_tokens
+        layers = model.config.get_text_config().num_hidden_layers
+        self.slots = SlotCache(min(slots, len(prompts)), longest, layers, self.device, dtype)
+        self._with_positions = _accepts(type(model), "position_ids")
+        self._head_last = {"logits_to_keep": 1} if _accepts(type(model), "logits_to_keep") else {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is still to come."""
+        return bool(self.queue) or self.slots.rows > 0
+
+    def work(self) -> None:
+        """One forward pass: of prompts that enter, if enough slots are free for it to pay, else of all rows."""
+        free = self.slots.slots - self.slots.rows
+        if self.queue and (free >= max(1, self.slots.slots // 8)) and (count := group_of(self.queue, free)):
+            self._enter(count)
+        else:
+            self._step()
+
+    def idle(self) -> None:
+        """One forward pass that means nothing, as others make one."""
+        one = torch.full((1, 1), self.pad, dtype=torch.long, device=self.device)
+        self._logits(one, torch.ones_like(one), None)
+
+    def _enter(self, count: int) -> None:
+        group, self.queue = self.queue[:count], self.queue[count:]
+        ids, mask = left_pad([entry.prompt for entry in group], self.pad, self.device)
+        prompts = DynamicCache()
+        logits = self._logits(ids, mask, prompts)
+        source = [row for row, entry in enumerate(group) for _ in entry.answers]
+        lengths = [len(group[row].prompt) for row in source]
+        numbers = np.array([number for entry in group for number in entry.answers], dtype=np.int64)
+        if len(source) > len(group):
+            logits = logits[torch.tensor(source, device=self.device)]
+        self.slots.enter(prompts, lengths, source)
+        self.running = np.concatenate([self.running, numbers])
+        first = self.slots.rows - len(source)
+        self._draw(first, logits)
+
+    def _step(self) -> None:
+        mask = self.slots.step_mask()
+        logits = self._logits(self.tokens.unsqueeze(1), mask, self.slots.cache)
+        self.slots.advance(len(self.queue[0].prompt) if self.queue else 0)
+        self.tokens = self.tokens[:0]
+        self._draw(0, logits)
+
+    def _draw(self, first: int, logits: Tensor) -> None:
+        """Give the rows from `first` on their next token; those that end with it leave."""
+        numbers = self.running[first:]
+        noise = uniform(self.seed, self.names[numbers], self.answers.lengths[numbers])
+        ended = np.flatnonzero(self.answers.draw(numbers, logits, noise)) + first
+        last = torch.from_numpy(self.answers.lengths[numbers] - 1).to(self.device)
+        drawn = self.answers.ids[torch.from_numpy(numbers).to(self.device), last]
+        self.tokens = torch.cat([self.tokens, drawn])
+        if len(ended):
+            order = self.slots.leave(ended.tolist())
+            self.running = self.running[order]
+            self.tokens = self.tokens[torch.tensor(order, dtype=torch.long, device=self.device)]
+
+    def _logits(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        """`[rows, vocabulary]` at the last position of each row; `mask` is 1 on the tokens before and in `ids`."""
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **self._head_last}
+        if self._with_positions:
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return self.model(**inputs, past_key_values=cache, use_cache=cache is not None).logits[:, -1]
+
+
+def generate_slots(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    names: np.ndarray,
+    sampling: Sampling,
+    *,
+    seed: int,
+    eos: int,
+    pad: int,
+    batch_size: int,
+    lock_step: bool,
+    on_batch: Callable[[int], None] | None,
+    on_token: Callable[[], None] | None,
+) -> Rollout:
+    """As `engines.generate`; `batch_size` rows run at most."""
+    with fast_steps(model) as dtype:
+        rollout, done = Slots(model, prompts, names, sampling, seed, eos, pad, batch_size, dtype), 0
+        while any_rank(rollout.busy) if lock_step else rollout.busy:
+            if on_token:
+                on_token()
+            rollout.work() if rollout.busy else rollout.idle()
+            if on_batch and rollout.answers.done > done:
+                on_batch(done := rollout.answers.done)
+    return rollout.answers.rollout(*left_pad(prompts, pad, rollout.device))

@@ -1,0 +1,138 @@
+"""Speed of rollouts: our engines beside transformers' `generate`, on the same weights, prompts and sampling.
+
+    python tests/benchmarks/bench_rollout.py [--precision bf16] [--repeats 3] [--threads 2] [--layers 12] [--out FILE]
+
+A model of OPT-125m's shape with random weights. `fixed`: 16 prompts of 128 tokens, 128 new ones each. `varied`: 32 prompts of 32 to
+256 tokens, and EOS so likely that answers have 55 of 128 tokens on average, which is what differs from row to row in practice.
+Engines take turns; medians of wall and CPU seconds, and useful tokens (through EOS) a CPU second.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, OPTConfig
+
+from rlhf_core.rollout import Sampling, generate, left_pad
+
+VOCABULARY, EOS, PAD, NEW, MEAN = 50_264, 2, 1, 128, 55
+Prompts = Sequence[Sequence[int]]
+
+
+def opt_125m(layers: int, precision: str) -> Any:
+    """The shape, with weights from a seed."""
+    config = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=768, ffn_dim=3072, num_hidden_layers=layers, num_attention_heads=12,
+        max_position_embeddings=1024, word_embed_proj_dim=768,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).to(getattr(torch, precision)).eval()
+
+
+def work(case: str) -> tuple[Prompts, float]:
+    """Prompts, and what is added to the logit of EOS."""
+    random = np.random.default_rng(0)
+    if case == "fixed":
+        lengths, more = [128] * 16, -1e4
+    else:
+        lengths, more = random.integers(32, 257, 32).tolist(), math.log(VOCABULARY / MEAN)
+    return [random.integers(3, VOCABULARY, n).tolist() for n in lengths], more
+
+
+def ours(model: Any, prompts: Prompts, engine: str) -> int:
+    """Useful tokens that one of our engines samples."""
+    options = {"seed": 0, "eos": EOS, "pad": PAD, "batch_size": 16}
+    made = generate(model, prompts, range(len(prompts)), Sampling(NEW), engine=engine, **options)
+    return int(made.response_mask.sum())
+
+
+@torch.no_grad()
+def theirs(model: Any, prompts: Prompts) -> int:
+    """Useful tokens that transformers samples, in batches of as many rows."""
+    count = 0
+    for start in range(0, len(prompts), 16):
+        ids, mask = left_pad(prompts[start : start + 16], PAD, torch.device("cpu"))
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=NEW,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+        )[:, ids.shape[1] :]
+        ended = (made == EOS).cumsum(1) - (made == EOS).long()
+        count += int((ended == 0).sum())
+    return count
+
+
+def measure(systems: dict[str, Callable[[], int]], repeats: int) -> dict[str, dict[str, Any]]:
+    """All systems in turn, `repeats` times."""
+    raw: dict[str, list[tuple[float, float, int]]] = {name: [] for name in systems}
+    for _ in range(repeats):
+        for name, system in systems.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            tokens = system()
+            raw[name].append((time.perf_counter() - wall, time.process_time() - cpu, tokens))
+    return {
+        name: {
+            "wall": statistics.median(r[0] for r in rows),
+            "cpu": statistics.median(r[1] for r in rows),
+            "tokens_per_cpu_second": statistics.median(r[2] / r[1] for r in rows),
+            "raw": rows,
+        }
+        for name, rows in raw.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--case", choices=("fixed", "varied"), nargs="+", default=["fixed", "varied"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=12, help="fewer: quicker")
+    parser.add_argument("--out", type=Path, help="JSON with all repeats")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    found = []
+    for precision in args.precision:
+        model = opt_125m(args.layers, precision)
+        for case in args.case:
+            prompts, more = work(case)
+            hook = model.get_output_embeddings().register_forward_hook(lambda _m, _i, out, more=more: _add(out, more))
+            systems: dict[str, Callable[[], int]] = {
+                "slots": lambda prompts=prompts, model=model: ours(model, prompts, "slots"),
+                "plain": lambda prompts=prompts, model=model: ours(model, prompts, "plain"),
+                "transformers": lambda prompts=prompts, model=model: theirs(model, prompts),
+            }
+            figures = measure(systems, args.repeats)
+            hook.remove()
+            found.append({"precision": precision, "case": case, "systems": figures})
+            for name, row in figures.items():
+                ratio = row["tokens_per_cpu_second"] / figures["transformers"]["tokens_per_cpu_second"]
+                print(
+                    f"{precision:9} {case:7} {name:13} wall {row['wall']:6.2f} s  cpu {row['cpu']:6.2f} s  "
+                    f"{row['tokens_per_cpu_second']:6.1f} tokens a CPU second  x{ratio:.2f}",
+                    flush=True,
+                )
+    if args.out:
+        args.out.write_text(
+            json.dumps({"threads": args.threads, "layers": args.layers, "runs": found}, indent=1) + "\n"
+        )
+
+
+def _add(logits: torch.Tensor, more: float) -> torch.Tensor:
+    logits[..., EOS] += more
+    return logits
+
+
+if __name__ == "__main__":
+    main()

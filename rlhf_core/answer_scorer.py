@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rlhf_core import ppo_math as pm
-from rlhf_core.batches import deal, right_pad, right_padded
+from rlhf_core.batches import cut, right_pad, right_padded
+from rlhf_core.distributed import gather
 from rlhf_core.experience import Experience, concatenate
 from rlhf_core.models import positions_of
 from rlhf_core.ppo_args import PPOArgs
@@ -76,10 +77,19 @@ class AnswerScorer:
         self.parts, self._other_ids = {}, {}
         if self.engine.retokenizer is not None:
             self._note("answers_cut", 0.0)
-        parts = [self._score_part(whole.rows(torch.tensor(i))) for i in deal(lengths, 0, 1, self.resources.micro_batch)]
+        parts = [self._score_part(whole.rows(torch.tensor(i))) for i in self._deal(lengths)]
         merged = concatenate(parts, self.tokenizer.pad_token_id)
         merged = merged.rows(torch.argsort(merged.sample_ids))
         return replace(merged, scores=merged.scores + self._outside_scores(merged)) if self._judges else merged
+
+    def _deal(self, lengths: list[int]) -> list[list[int]]:
+        """Micro-batches of this rank's rows, longest first; as many on every rank, as a pass may be collective."""
+        order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+        tokens = self.resources.micro_tokens
+        widths = [lengths[i] for i in order]
+        if tokens is not None:
+            widths = [max(in_place) for in_place in zip(*gather(widths), strict=True)]
+        return cut(order, widths, self.resources.micro_batch, tokens)
 
     def _score_part(self, rows: Experience) -> Experience:
         sequence = (rows.prompt_ids, rows.prompt_mask, rows.response_ids, rows.response_mask)

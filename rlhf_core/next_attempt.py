@@ -22,10 +22,10 @@ from rlhf_core.store import Store
 
 STRIKES = 2  # failures that speak against a host, until it is left out
 USES: dict[StageName, tuple[str, ...]] = {  # what of a stage's resources is halved
-    "sft": ("micro_batch",),
-    "reward": ("micro_batch",),
-    "dpo": ("micro_batch",),
-    "ppo": ("micro_batch", "rollout_micro_batch"),
+    "sft": ("micro_batch", "micro_tokens"),
+    "reward": ("micro_batch", "micro_tokens"),
+    "dpo": ("micro_batch", "micro_tokens"),
+    "ppo": ("micro_batch", "micro_tokens", "rollout_micro_batch"),
     "evaluate": ("micro_batch", "rollout_micro_batch"),
 }
 
@@ -99,12 +99,18 @@ def _halve(job: JobSpec, before: Sequence[Past]) -> tuple[JobSpec, list[str]]:
 
 def _half(job: JobSpec) -> dict[str, int]:
     """The fields of its resources that can be halved, halved; none if nothing would get smaller."""
-    fields = {name: getattr(job.resources, name) for name in USES.get(job.stage, ())}
+    fields = _used(job)
     return {name: max(1, size // 2) for name, size in fields.items()} if any(s > 1 for s in fields.values()) else {}
 
 
 def _sizes(job: JobSpec) -> str:
-    return " and ".join(f"{name} {getattr(job.resources, name)}" for name in USES.get(job.stage, ()))
+    return " and ".join(f"{name} {size}" for name, size in _used(job).items())
+
+
+def _used(job: JobSpec) -> dict[str, int]:
+    """The limits of its stage that are set."""
+    fields = {name: getattr(job.resources, name) for name in USES.get(job.stage, ())}
+    return {name: size for name, size in fields.items() if size is not None}
 
 
 def _leave_out(job: JobSpec, before: Sequence[Past]) -> tuple[tuple[str, ...], list[str]]:

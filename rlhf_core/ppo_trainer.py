@@ -310,7 +310,7 @@ class DeepSpeedPPOTrainer:
         idle = spec.critic_warmup * spec.ppo_epochs * spec.minibatches
         lr = set_lr(engine.actor, max(0, self.optimizer_step - idle), spec.actor_optim, self.total_steps - idle)
         sums, critic_loss, largest = np.zeros(len(ACTOR_SUMS)), 0.0, 0.0
-        for part in deal(lengths, self.ranks.rank, self.ranks.world, self.resources.micro_batch):
+        for part in self._deal(lengths):
             index = chosen[torch.tensor(part)]
             rows = e.rows(index)
             width = rows.response_ids.shape[1]
@@ -336,6 +336,10 @@ class DeepSpeedPPOTrainer:
             found |= {"critic_loss": totals[-1] / count, "critic_grad_norm": grad_norm(engine.critic)}
         self.optimizer_step += 1
         return found
+
+    def _deal(self, lengths: Sequence[int]) -> list[list[int]]:
+        """This rank's micro-batches of rows of these lengths."""
+        return deal(lengths, self.ranks.rank, self.ranks.world, self.resources.micro_batch, self.resources.micro_tokens)
 
     def _average(self) -> None:
         """Move the actor's average, or keep it at the actor until it starts."""
@@ -383,7 +387,7 @@ class DeepSpeedPPOTrainer:
         counts = [sum(row["loss_mask"][1:]) for row in rows]
         count, total = float(sum(counts)), 0.0
         lengths = [len(row["input_ids"]) for row in rows]
-        for part in deal(lengths, self.ranks.rank, self.ranks.world, self.resources.micro_batch):
+        for part in self._deal(lengths):
             # A rank without a row of its own runs one that does not count, as every pass is collective at ZeRO-3.
             texts = [rows[i]["input_ids"] for i in part or [0]]
             labels = [rows[i]["loss_mask"] for i in part] or [[0] * len(texts[0])]

@@ -44,6 +44,10 @@ class Resources(Frozen):
     cluster: Cluster = Cluster()
     threads: Positive | None = Field(default=None, description="CPU threads a rank; default: cores / processes")
     micro_batch: Positive = Field(default=16, description="sequences a forward pass of training or scoring, per rank")
+    micro_tokens: Positive | None = Field(
+        default=None,
+        description="tokens of such a pass, padding included: where rows are long fewer go together; null: no limit",
+    )
     rollout_micro_batch: Positive = Field(default=64, description="sequences generated at once, per rank")
     rollout_engine: Literal["slots", "plain"] = Field(
         default="slots", description="slots: rows that end make room for others; plain: whole batches, to compare with"

@@ -1,10 +1,11 @@
 """Forward passes over finished answers: log-probabilities of response tokens, values, and end scores.
 
-Rows are laid out as in the rollout: prompts padded on the left, responses on the right, so responses share their columns and
-the language-model head runs on those only. The logarithm of the softmax is taken as `gather - logsumexp` in fp32.
+Rows come as in the rollout, prompts padded on the left and responses on the right, and are closed up before a model reads
+them, so that a batch is as wide as its longest row. The language-model head runs on the tokens that are asked for only, in
+blocks (`head_scores`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +13,51 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.batches import right_pad, right_padded
-from rlhf_core.models import _accepts, forward_inputs
+from rlhf_core.head_scores import Wanted, can_score, scores_of, scoring_head
+from rlhf_core.models import forward_inputs
+from rlhf_core.partitioned import shape_of
 from rlhf_core.rollout import unpack_bits
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """`logprobs` and `entropy`, `[batch, response]`; meaningless where the response is masked."""
+    """`logprobs` and `entropy`, `[batch, response]`; 0 where the response is masked."""
 
     logprobs: Tensor
     entropy: Tensor
 
 
-def target_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(logits)[targets] for `[..., vocabulary]` logits and `[...]` targets, fp32."""
-    logits = logits.float()
-    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+def sequence_scores(
+    engine: Any,
+    inputs: Mapping[str, Tensor],
+    counted: Tensor,
+    temperature: float = 1.0,
+    keep: Tensor | None = None,
+    entropy: bool = False,
+    vocabulary: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of some tokens of a batch, and entropies of their distributions, `[counted]` each, fp32.
+
+    Args:
+        engine: a DeepSpeed engine or a transformers causal language model.
+        inputs: of its forward pass, with "input_ids" `[batch, tokens]`.
+        counted: `[batch, tokens]` bool, the tokens asked for; never a first one, which nothing foretells.
+        temperature: divides the logits.
+        keep: `[counted, vocabulary]` bool, tokens of the distribution; default: all.
+        entropy: whether to compute entropies (else zeros).
+        vocabulary: number of the tokenizer's tokens; default: all of the model's.
+    """
+    model: Any = unwrap(engine)
+    places = torch.zeros_like(counted)
+    places[:, :-1] = counted[:, 1:]
+    size = vocabulary or shape_of(model.get_output_embeddings().weight)[0]
+    wanted = Wanted(places, inputs["input_ids"][counted], size, temperature, keep, entropy)
+    if can_score(model):
+        with scoring_head(model, wanted):
+            scores = engine(**inputs, use_cache=False).logits
+    else:
+        scores = scores_of(engine(**inputs, use_cache=False).logits[places], wanted)
+    return scores[:, 0], scores[:, 1]
 
 
 def label_nats(
@@ -46,9 +76,10 @@ def label_nats(
         The nats `[labelled tokens]`, fp32, text by text, and the text of each.
     """
     input_ids, mask = right_padded(texts, pad, device)
-    counted = right_pad(labels, 0, device)[:, 1:].bool()
-    logits = engine(**forward_inputs(unwrap(engine), input_ids, mask), use_cache=False).logits
-    return -target_logprobs(logits[:, :-1][counted], input_ids[:, 1:][counted]), counted.nonzero()[:, 0]
+    counted = right_pad(labels, 0, device).bool()
+    counted[:, 0] = False
+    logprobs, _ = sequence_scores(engine, forward_inputs(unwrap(engine), input_ids, mask), counted)
+    return -logprobs, counted.nonzero()[:, 0]
 
 
 def response_scores(
@@ -73,33 +104,46 @@ def response_scores(
         entropy: whether to compute entropies (else zeros).
         vocabulary: number of the tokenizer's tokens, as in `Sampling`; default: all of the model's.
     """
-    model = unwrap(engine)
-    ids = torch.cat([prompt_ids, response_ids], 1)
-    mask = torch.cat([prompt_mask, response_mask], 1)
-    width = response_ids.shape[1]
-    keep = {"logits_to_keep": width + 1} if _accepts(type(model), "logits_to_keep") else {}
-    logits = engine(**forward_inputs(model, ids, mask), **keep, use_cache=False).logits
-    logits = logits[:, -width - 1 : -1, :vocabulary].float() / temperature
-    if support is not None:
-        # Padding kept no token at all; it keeps every one here, since a row of -inf has NaN gradients.
-        kept = unpack_bits(support, logits.shape[-1]) | ~response_mask.bool().unsqueeze(-1)
-        logits = logits.masked_fill(~kept, -torch.inf)
-    normalizer = logits.logsumexp(-1)
-    chosen = logits.gather(-1, response_ids.unsqueeze(-1)).squeeze(-1)
-    if not entropy:
-        return TokenScores(chosen - normalizer, torch.zeros_like(normalizer))
-    probability = (logits - normalizer.unsqueeze(-1)).exp()
-    mean_logit = (probability * logits.masked_fill(probability == 0, 0.0)).sum(-1)
-    return TokenScores(chosen - normalizer, normalizer - mean_logit)
+    model: Any = unwrap(engine)
+    real = response_mask.bool()
+    ids, mask, answers = close_up(prompt_ids, prompt_mask, response_ids, response_mask)
+    size = vocabulary or shape_of(model.get_output_embeddings().weight)[0]
+    keep = None if support is None else unpack_bits(support[real], size)
+    logprobs, entropies = sequence_scores(
+        engine, forward_inputs(model, ids, mask), answers, temperature, keep, entropy, vocabulary
+    )
+    return TokenScores(_spread(logprobs, real), _spread(entropies, real))
 
 
 def response_values(
     engine: Any, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor
 ) -> Tensor:
-    """Values of the states in which each response token is chosen, `[batch, response]`."""
-    values = engine(torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1))
-    width = response_ids.shape[1]
-    return values[:, -width - 1 : -1]
+    """Values of the states in which each response token is chosen, `[batch, response]`; 0 where there is none."""
+    ids, mask, answers = close_up(prompt_ids, prompt_mask, response_ids, response_mask)
+    return _spread(engine(ids, mask)[:, :-1][answers[:, 1:]], response_mask.bool())
+
+
+def close_up(
+    prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts and responses side by side without the padding between rows' ends: ids, mask, and which are responses.
+
+    Args:
+        prompt_ids, prompt_mask: `[batch, prompt]`, each row with a token at least.
+        response_ids, response_mask: `[batch, response]`.
+
+    Returns:
+        `[batch, tokens]` each, padded on the right to the longest row; the third bool.
+    """
+    ids, mask = torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1)
+    answers = torch.cat([torch.zeros_like(prompt_mask), response_mask], 1).bool()
+    order = torch.argsort(mask, dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
+    return ids.gather(1, order), mask.gather(1, order), answers.gather(1, order)
+
+
+def _spread(values: Tensor, real: Tensor) -> Tensor:
+    """`[counted]` values to their places in `[batch, response]`; 0 elsewhere."""
+    return values.new_zeros(real.shape).masked_scatter(real, values)
 
 
 def aligned_values(engine: Any, input_ids: Tensor, mask: Tensor, index: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from rlhf_core.engine import check_finite, grad_norm, set_lr, zero_init
 from rlhf_core.export import save_causal_lm
 from rlhf_core.models import base_model, check_positions
 from rlhf_core.packing import packed_inputs, require_packing
-from rlhf_core.scoring import label_nats, target_logprobs
+from rlhf_core.scoring import label_nats, sequence_scores
 from rlhf_core.specs import SFTSpec
 from rlhf_core.trainer import Trainer, by_source
 
@@ -74,7 +74,7 @@ class SFTTrainer(Trainer[SFTSpec]):
         place = (self.ranks.rank, self.ranks.world, self.resources.micro_batch)
         if self.resources.pack_tokens:
             return deal_packed(lengths, *place, self.resources.pack_tokens)
-        return [[[i] for i in part] for part in deal(lengths, *place)]
+        return [[[i] for i in part] for part in deal(lengths, *place, self.resources.micro_tokens)]
 
     def _labelled(self, row: Row) -> list[int]:
         """Per token, 1 where it is learned; never the first, which nothing foretells."""
@@ -89,9 +89,7 @@ class SFTTrainer(Trainer[SFTSpec]):
         if not self.resources.pack_tokens:
             return label_nats(self.engine, [line[0]["input_ids"] for line in lines], labels, pad, device)[0]
         inputs = packed_inputs(self.engine.module, [[row["input_ids"] for row in line] for line in lines], pad, device)
-        logits = self.engine(**inputs, use_cache=False).logits[:, :-1]
-        counted = right_pad(labels, 0, device)[:, 1:].bool()
-        return -target_logprobs(logits[counted], inputs["input_ids"][:, 1:][counted])
+        return -sequence_scores(self.engine, inputs, right_pad(labels, 0, device).bool())[0]
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:

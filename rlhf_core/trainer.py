@@ -152,7 +152,9 @@ class Trainer(Resumable, Generic[S]):
 
     def deal_pairs(self, lengths: Sequence[int]) -> list[list[int]]:
         """This rank's micro-batches of pairs of these lengths, as indices into `lengths`."""
-        return deal(lengths, self.ranks.rank, self.ranks.world, self.resources.micro_batch)
+        tokens = self.resources.micro_tokens
+        both = [2 * length for length in lengths]  # a pair is two rows
+        return deal(both, self.ranks.rank, self.ranks.world, self.resources.micro_batch, tokens)
 
     @torch.no_grad()
     def score_pairs(

@@ -106,8 +106,8 @@ class _Layer(CacheLayerMixin):
     """One layer's keys and values; columns and rows are those of its `SlotCache`."""
 
     is_sliding = False  # every column is kept; what a window hides the model's own mask hides
-    keys: Tensor
-    values: Tensor
+    keys: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
+    values: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, slots: SlotCache) -> None:
         super().__init__()

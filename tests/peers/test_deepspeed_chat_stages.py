@@ -12,6 +12,7 @@ import pytest
 import small_ppo
 import tiny
 import torch
+from plain import target_logprobs
 from small_ppo import EOS, FAST
 
 from rlhf_core.artifacts import ArtifactRef, make_ref
@@ -30,7 +31,7 @@ from rlhf_core.models import ValueModel, load_causal_lm, load_tokenizer, new_cau
 from rlhf_core.plan import stage_refs, stage_spec
 from rlhf_core.resources import Resources
 from rlhf_core.reward import pair_loss
-from rlhf_core.scoring import end_scores, target_logprobs
+from rlhf_core.scoring import end_scores
 from rlhf_core.specs import (
     DataSpec,
     LoRASpec,

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import small_ppo
 import torch
+from plain import target_logprobs
 from torch import Tensor
 
 from rlhf_core import ppo_math as pm
 from rlhf_core.dpo import dpo_loss
 from rlhf_core.models import ValueModel, load_causal_lm
-from rlhf_core.scoring import end_scores, response_scores, response_values, target_logprobs
+from rlhf_core.scoring import end_scores, response_scores, response_values
 
 WHY = "needs TRL's PPO: pip install trl==1.9.0"
 RUNS = {  # with the family of the models

@@ -11,7 +11,7 @@ import tiny
 from datasets import Dataset
 
 from rlhf_core.artifacts import ArtifactRef
-from rlhf_core.batches import open_rows, pack, row_lengths, some_rows, sources_of
+from rlhf_core.batches import deal, open_rows, pack, row_lengths, some_rows, sources_of
 from rlhf_core.dpo import DPOTrainer
 from rlhf_core.errors import DataError
 from rlhf_core.eval.inputs import held_out
@@ -119,3 +119,17 @@ def test_held_out_rows_are_read_a_micro_batch_at_a_time(stage, kind, resources, 
     metrics = trainer.run()
     assert metrics["eval_loss"] > 0
     assert len(read) > 8 and max(read) <= (12 if resources else 4), "24 rows are held out"
+
+
+def test_micro_batches_hold_so_many_rows_and_tokens_and_every_rank_has_as_many():
+    random = np.random.default_rng(0)
+    for world, tokens in ((1, None), (1, 100), (2, 100), (3, 40), (3, None)):
+        lengths = random.integers(1, 60, 50).tolist()
+        dealt = [deal(lengths, rank, world, 4, tokens) for rank in range(world)]
+        assert len({len(parts) for parts in dealt}) == 1
+        assert sorted(i for parts in dealt for part in parts for i in part) == list(range(50))
+        for part in (part for parts in dealt for part in parts if part):
+            width = max(lengths[i] for i in part)
+            assert len(part) <= 4 and (tokens is None or len(part) == 1 or width * len(part) <= tokens)
+        if tokens is None:
+            assert len(dealt[0]) == -(-50 // (4 * world))

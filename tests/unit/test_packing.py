@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from plain import target_logprobs
 
 from rlhf_core.artifacts import ArtifactRef
 from rlhf_core.batches import deal, deal_packed, pack, right_pad
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.models import forward_inputs, new_causal_lm
 from rlhf_core.packing import packed_inputs, require_packing
-from rlhf_core.scoring import target_logprobs
 from rlhf_core.sft import SFTTrainer
 from rlhf_core.specs import ModelSpec
 from rlhf_core.store import Store

@@ -197,8 +197,11 @@ def test_long_work_gives_signs_of_life_within_a_rollout(folders):
     trainer = trainer_of(folders, PPOSpec(ppo_epochs=2, **FAST), micro_batch=4, rollout_micro_batch=4)
     signs: list[int] = []
     trainer.on_life = lambda: signs.append(1)
-    learn(trainer, 1)
-    assert len(signs) == 2 + 2 + 2 * 2, "batches of answers, of scores, and of each update"
+    answers = trainer.sample(prompts())
+    rows, while_sampling = len(answers), len(signs)
+    assert 2 <= while_sampling <= rows, "whenever answers have ended, some of them together"
+    trainer.train_rlhf(trainer.score(answers))
+    assert len(signs) - while_sampling == 2 + 2 * 2, "batches of scores, and of each update"
 
 
 def test_a_weighted_sum_of_sources_is_told_by_its_parts(folders, monkeypatch, tmp_path):

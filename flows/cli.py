@@ -24,6 +24,7 @@ from flows.logs_cli import logs
 from flows.node_cli import node
 from flows.selection import forced_stages, plan_run, plan_to_run
 from flows.show import err, out, show_checks, show_hosts, show_plan, show_results
+from flows.status_cli import status
 from flows.targets import DEFAULT_STORE, MODEL_FOLDERS, resolve, stage_name
 from rlhf_core import __version__
 from rlhf_core.config import PipelineConfig, load_config
@@ -227,6 +228,7 @@ def chat(
 app.command("eval")(evaluate)
 app.command()(node)
 app.command()(logs)
+app.command()(status)
 
 
 @app.command()

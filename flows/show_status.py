@@ -27,19 +27,25 @@ COLOURS: Mapping[State, str] = {
     "damaged": "bold red",
     "not begun": "dim",
 }
-COLUMNS = ("artifact", "state", "progress", "ETA", "tokens/s", "numbers", "seen", "checkpoint", "try", "host")
-RIGHT = ("ETA", "tokens/s", "seen", "try")
+COLUMNS = ("artifact", "state", "progress", "ETA", "tokens/s", "numbers", "seen", "checkpoint", "attempt", "host")
+RIGHT = ("ETA", "tokens/s", "seen", "attempt")
 LEAVES = (
     "numbers",
     "host",
     "checkpoint",
-    "try",
+    "attempt",
     "tokens/s",
     "seen",
     "ETA",
     "progress",
 )  # in this order, where room is short
-BELOW = {"ETA": "ends in {}", "tokens/s": "{} tokens/s", "seen": "seen {} ago", "try": "attempt {}", "host": "on {}"}
+BELOW = {
+    "ETA": "ends in {}",
+    "tokens/s": "{} tokens/s",
+    "seen": "seen {} ago",
+    "attempt": "attempt {}",
+    "host": "on {}",
+}
 NUMBERS = 44  # characters; longer ones stand below
 GAP = 2
 BAR = 10
@@ -118,7 +124,7 @@ def _cells(sight: Sight) -> dict[str, str]:
         "numbers": numbers,
         "seen": "" if sight.age is None or not alive else _brief(sight.age),
         "checkpoint": str(sight.checkpoint or "") if alive else "",
-        "try": str(sight.attempt or ""),
+        "attempt": str(sight.attempt or ""),
         "host": _hosts(sight.hosts),
     }
 
@@ -129,8 +135,8 @@ def _without_speed(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def _progress(sight: Sight) -> str:
     event = sight.event
-    if sight.state == "resumable":
-        return f"from {sight.checkpoint}"
+    if sight.state in ("resumable", "waiting"):
+        return sight.note if sight.state == "waiting" else f"from {sight.checkpoint}"
     if sight.state == "published" or (sight.state != "running" and not event):
         return ""
     if "step" not in event:
@@ -175,7 +181,8 @@ def _below(sight: Sight, row: Mapping[str, str], shown: Sequence[str]) -> str:
         absent = [name for name in absent if name == "numbers"]
     words = [BELOW.get(name, "{}").format(row[name]) for name in absent if name != "checkpoint"]
     words += [f"saved {row['checkpoint']}"] if "checkpoint" in absent else []
-    return "  ".join(filter(None, (sight.note, *words)))
+    note = "" if row["progress"] == sight.note else sight.note
+    return "  ".join(filter(None, (note, *words)))
 
 
 def _line(row: Mapping[str, str], widths: Mapping[str, int]) -> str:

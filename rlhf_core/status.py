@@ -46,7 +46,8 @@ class Status:
 
         Args:
             store: to look at.
-            scope: only these artifacts, in this order, each with its inputs; None: all there are, as they were touched.
+            scope: only these artifacts, in this order, each with its inputs; None: all there are, as they were touched,
+                and what runs last.
         """
         self.store = store
         self.lists = self.reads = 0
@@ -74,7 +75,7 @@ class Status:
             for ref, inputs in self._scope.items():
                 self._wait_for(ref, inputs)
             return [self._sights[ref.id] for ref in self._scope]
-        return sorted(self._sights.values(), key=lambda s: (s.touched or LONG_AGO, s.id))
+        return sorted(self._sights.values(), key=lambda s: (s.state == "running", s.touched or LONG_AGO, s.id))
 
     def _wait_for(self, ref: ArtifactRef, inputs: Sequence[ArtifactRef]) -> None:
         """Of an artifact that nobody has begun: say what it waits for, if that is being made."""

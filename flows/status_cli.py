@@ -165,10 +165,9 @@ def _live(view: _View, seconds: float) -> None:
     with Live(console=out, auto_refresh=False, transient=False) as live:
 
         def show() -> None:
-            url = view.status.store.url
-            requests = f"{view.status.lists} listings and {view.status.reads} reads of {url} so far"
+            requests = f"{view.status.lists} listings, {view.status.reads} reads of {view.status.store.url}"
             foot = Text(
-                f"{clock()} UTC, every {seconds:g} s; {requests}; Ctrl-C ends", style="dim", overflow="ellipsis"
+                f"{clock()} UTC, every {seconds:g} s, Ctrl-C ends; {requests}", style="dim", overflow="ellipsis"
             )
             foot.no_wrap = True
             lines, most = view.lines(out.width), len(view.sights)

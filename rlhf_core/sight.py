@@ -35,7 +35,7 @@ class Sight:
         note: why it is so, in one line; empty where the state says it all.
         attempt: the newest one; of a published artifact the one that made it.
         hosts: where that ran or runs.
-        event: how far it is: step, total, unit, phase, and metrics; of a published artifact the metrics alone.
+        event: how far it is: time, step, total, unit, phase, and metrics; of a published artifact the metrics alone.
         eta: seconds until the phase ends at its present speed.
         age: seconds since the last sign of life of a job that has not ended.
         checkpoint: the one with the most progress.

@@ -195,14 +195,15 @@ class Status:
         checkpoint = best_checkpoint(paths)
         state, note = judge(pulse, failure, checkpoint, age)
         tail = self._tail(id, attempt)
+        event = _latest(beat, tail)
         return Sight(
             id,
             state,
             note,
             attempt,
             self._hosts_of(id, attempt, (beat.host,) if beat else ()),
-            _latest(beat, tail),
-            _eta(beat, tail, age) if beat and state == "running" else None,
+            event,
+            _eta(event, tail) if state == "running" else None,
             max(0.0, age) if state in ("running", "stale lease") else None,
             checkpoint,
             touched,
@@ -229,21 +230,28 @@ def _event(line: bytes) -> dict[str, Any] | None:
 
 
 def _latest(beat: Heartbeat | None, tail: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The last event: how far the heartbeat says, which is newer, with the numbers and the unit that the log has."""
-    logged = {name: value for name, value in (tail[-1] if tail else {}).items() if name != "time"}
+    """The last event that the heartbeat or the log tells, with its time; its numbers and unit are those that the log has."""
+    said = as_time(beat.time) if beat else None
+    told = {}
+    if beat and beat.step is not None and said:
+        told = {"time": said.timestamp(), "step": beat.step, "total": beat.total, "phase": beat.phase}
+    if tail and (not told or tail[-1]["time"] > told["time"]):
+        told = dict(tail[-1])
+    if not told:
+        return {}
+    unit = next(
+        (event["unit"] for event in reversed(tail) if event.get("phase") == told.get("phase") and "unit" in event),
+        "step",
+    )
     numbers = next((event["metrics"] for event in reversed(tail) if event.get("metrics")), {})
-    told = {"step": beat.step, "total": beat.total, "phase": beat.phase} if beat and beat.step is not None else {}
-    same = next((event for event in reversed(tail) if event.get("phase") == told.get("phase")), {})
-    return {**logged, **told, "unit": same.get("unit", "step"), "metrics": numbers} if logged or told else {}
+    return {**told, "unit": unit, "metrics": numbers}
 
 
-def _eta(beat: Heartbeat, tail: Sequence[Mapping[str, Any]], age: float) -> float | None:
-    """Seconds until the phase ends, by the speed between the first event of it that is known and the heartbeat."""
-    said = as_time(beat.time)
-    if beat.step is None or not beat.total or said is None:
+def _eta(event: Mapping[str, Any], tail: Sequence[Mapping[str, Any]]) -> float | None:
+    """Seconds until the event's phase ends, by the speed since the first event of it that is known."""
+    first = next((e for e in tail if e.get("phase") == event.get("phase") and isinstance(e.get("step"), int)), None)
+    step, total = event.get("step"), event.get("total")
+    if first is None or not isinstance(step, int) or not isinstance(total, int) or step <= first["step"]:
         return None
-    first = next((e for e in tail if e.get("phase") == beat.phase and isinstance(e.get("step"), int)), None)
-    if first is None or beat.step <= first["step"]:
-        return None
-    speed = (beat.step - first["step"]) / max(said.timestamp() - first["time"], 0.5)
-    return max(0.0, (beat.total - beat.step) / speed - age)
+    speed = (step - first["step"]) / max(event["time"] - first["time"], 0.5)
+    return max(0.0, (total - step) / speed)

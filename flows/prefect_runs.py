@@ -35,18 +35,22 @@ class Runs:
 
 
 class Asking:
-    """A question to the configured server, asked again when the answer is there and more is wanted."""
+    """A question to the configured server, which can be asked again; whoever asked goes on meanwhile."""
 
     def __init__(self) -> None:
         self._answer: Runs | None = None
         self._thread: threading.Thread | None = None
 
-    def answer(self, wait: float = 0.0) -> Runs | None:
-        """The last answer, after waiting for at most so many seconds for a new one; None: there is none, or no server."""
+    def ask(self) -> None:
+        """Ask, unless the last question is still under way."""
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._ask, daemon=True, name="Prefect")
             self._thread.start()
-        self._thread.join(wait)
+
+    def answer(self, wait: float = 0.0) -> Runs | None:
+        """The last answer, after at most so many seconds of waiting for a newer one; None: no server, or no answer."""
+        if self._thread:
+            self._thread.join(wait)
         return self._answer
 
     def _ask(self) -> None:
@@ -78,7 +82,7 @@ def _runs() -> tuple[Run, ...]:
             found += client.read_flow_runs(
                 flow_run_filter=flow_runs, sort=FlowRunSort.START_TIME_DESC, limit=MOST - len(found)
             )
-            if len(found) >= MOST:
+            if len(found) == MOST:
                 break
     return tuple(_run(run) for run in found)
 

@@ -95,7 +95,7 @@ class _View:
 
     def look(self, wait: float = 0.0) -> None:
         """Look at the store and ask the server, which is waited for at most so many seconds."""
-        self.asking.answer()
+        self.asking.ask()
         self.sights = self.status.look()
         self.runs = self.asking.answer(wait)
 

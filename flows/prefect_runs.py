@@ -1,16 +1,21 @@
 """The flow runs of a Prefect server, for who looks at the store as well: what is active, and what ended last.
 
-Asked in the background and never waited for longer than `SECONDS`, also while Prefect is being imported: a server that is down or
-slow costs the view its lower part and nothing else. Nothing is asked where no server is configured.
+A process of its own asks, which imports Prefect (a second or more) and answers each line on its stdin with one on its stdout. So
+whoever wants to know may go on, or end, at any time: a server that is down or slow costs the view its lower part and nothing else.
+Nothing is asked where no server is configured.
 """
 
+import json
+import subprocess
+import sys
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
-SECONDS = 4.0
+COMMAND = (sys.executable, "-m", "flows.prefect_runs")
+SECONDS = 4.0  # for the server to answer, and for who asks once to wait
 MOST = 8
 RECENT = timedelta(hours=24)  # for how long a run that has ended is still shown
 
@@ -27,42 +32,92 @@ class Run:
 
 @dataclass(frozen=True)
 class Runs:
-    """What a server said: its runs, newest first; or why it did not."""
+    """What a server said: its runs, newest first; or why it did not. Without a server all is empty."""
 
-    server: str
+    server: str = ""
     runs: tuple[Run, ...] = ()
     trouble: str = ""
 
 
 class Asking:
-    """A question to the configured server, which can be asked again; whoever asked goes on meanwhile."""
+    """A question to the configured server, which can be asked again; a context manager, after which nothing of it is left."""
 
     def __init__(self) -> None:
         self._answer: Runs | None = None
-        self._thread: threading.Thread | None = None
+        self._answered = threading.Event()
+        self._asked = False
+        # In a session of its own: Ctrl-C is for who asks, and at the end of that its stdin ends too.
+        self._process = subprocess.Popen(
+            COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        self._thread = threading.Thread(target=self._listen, daemon=True, name="runs of Prefect")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._thread.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe
+            pipe.close()
 
     def ask(self) -> None:
-        """Ask, unless the last question is still under way."""
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._ask, daemon=True, name="Prefect")
-            self._thread.start()
+        """Ask, unless the last question is still open."""
+        if self._asked and not self._answered.is_set():
+            return
+        self._asked = True
+        self._answered.clear()
+        assert self._process.stdin
+        try:
+            self._process.stdin.write(b"\n")
+            self._process.stdin.flush()
+        except OSError:  # it has ended: there will be no answer
+            self._answered.set()
 
     def answer(self, wait: float = 0.0) -> Runs | None:
-        """The last answer, after at most so many seconds of waiting for a newer one; None: no server, or no answer."""
-        if self._thread:
-            self._thread.join(wait)
+        """The last answer, after at most so many seconds of waiting for a newer one; None: no server, or no answer yet."""
+        self._answered.wait(wait)
         return self._answer
 
-    def _ask(self) -> None:
-        server = ""
-        try:
-            from flows.session import configured_server
+    def _listen(self) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            said = json.loads(line)
+            runs = Runs(said["server"], tuple(Run(**run) for run in said["runs"]), said["trouble"])
+            self._answer = runs if runs != Runs() else None
+            self._answered.set()
+        self._answered.set()
 
-            if server := configured_server() or "":
-                self._answer = Runs(server, _runs())
-        except Exception as error:  # whatever it is, the store's part of the view goes on
-            words = " ".join(str(error).split()) or type(error).__name__
-            self._answer = Runs(server, trouble=f"does not answer: {words}"[:200])
+
+def as_json(answer: Runs | None) -> dict[str, Any] | None:
+    """An answer as plain data."""
+    return asdict(answer) if answer else None
+
+
+# --- the process that asks -------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Answer every line with one, until there are no more."""
+    for _ in sys.stdin:
+        print(json.dumps(asdict(_ask())), flush=True)
+
+
+def _ask() -> Runs:
+    server = ""
+    try:
+        from flows.session import configured_server
+
+        server = configured_server() or ""
+        return Runs(server, _runs()) if server else Runs()
+    except Exception as error:  # whatever it is, it is for people to read
+        words = " ".join(str(error).split()) or type(error).__name__
+        return Runs(server, trouble=f"does not answer: {words}"[:200])
 
 
 def _runs() -> tuple[Run, ...]:
@@ -95,9 +150,5 @@ def _run(run: Any) -> Run:
     return Run(run.name, run.state_name or "?", began, url)
 
 
-def as_json(answer: Runs | None) -> dict[str, Any] | None:
-    """An answer as plain data."""
-    if answer is None:
-        return None
-    runs: Sequence[dict[str, str]] = [vars(run) for run in answer.runs]
-    return {"server": answer.server, "trouble": answer.trouble, "runs": runs}
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@ writes anything. A store that cannot be reached ends a single look, and a watch 
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,11 +62,16 @@ def status(
     loaded = load_config(config, sets or ()) if config else None
     place = Store(store or (loaded.store if loaded else DEFAULT_STORE), WATCH_PATIENCE if watch else None)
     seen = Status(place, _scope(loaded) if loaded else None)
-    view = _View(seen, Asking(), None if all_of_it or loaded else MOST)
-    if not watch:
-        _once(view, as_data)
-        return
-    seconds = every or (LOCAL_SECONDS if place.scheme == "file" else BEAT_SECONDS)
+    with Asking() as asking:
+        view = _View(seen, asking, None if all_of_it or loaded else MOST)
+        if watch:
+            _watch(view, every or (LOCAL_SECONDS if place.scheme == "file" else BEAT_SECONDS), as_data)
+        else:
+            _once(view, as_data)
+
+
+def _watch(view: "_View", seconds: float, as_data: bool) -> None:
+    """Look again and again until Ctrl-C."""
     try:
         if as_data:
             _repeat(view, seconds, lambda: print(json.dumps(view.data()), flush=True))
@@ -153,7 +158,7 @@ def _once(view: _View, as_data: bool) -> None:
         out.print(line, soft_wrap=True)
 
 
-def _repeat(view: _View, seconds: float, show: Any) -> None:
+def _repeat(view: _View, seconds: float, show: Callable[[], object]) -> None:
     while True:
         view.try_to_look()
         show()

@@ -146,6 +146,7 @@ def test_status_shows_the_stages_and_beside_them_the_servers_runs(server, config
 
     rlhf(config)
     monkeypatch.setattr(status_cli, "SECONDS", 60.0)
+    monkeypatch.setenv("PREFECT_API_URL", server)
     capfd.readouterr()
     code, out, _ = command_line(capfd, "status", "--store", store.url)
     assert code == 0 and out.count("published") == len(STAGES)

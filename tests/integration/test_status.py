@@ -25,6 +25,7 @@ ROOT = HERE.parents[1]
 # A scheduler's part in one job, with fake_stage for the training.
 SCHEDULER = """
 import sys
+from rlhf_core import joblog
 from rlhf_core.artifacts import make_ref
 from rlhf_core.job import JobSpec
 from rlhf_core.launch import run_job
@@ -39,7 +40,7 @@ job = JobSpec(
     resources=Resources(threads=1, retry_delay_seconds=0),
 )
 with acquire(store, job.model_copy(update={"job_id": job.family + str(sys.argv[3])})) as lease:
-    run_job(store, lease, "fake_stage")
+    run_job(store, lease, module="fake_stage")
 """
 
 
@@ -67,7 +68,7 @@ def schedule(tmp_path):
         process.wait(60)
 
 
-def until(condition, seconds: float = 60):
+def until(condition, seconds: float = 30):
     end = time.monotonic() + seconds
     while not (answer := condition()) and time.monotonic() < end:
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""The command line `rlhf`: plan, run, artifacts, chat, eval, doctor.
+"""The command line `rlhf`: plan, run, status, logs, artifacts, chat, eval, doctor.
 
 Commands that need no Prefect do not import it, so they answer at once. A mistake of the user's is one message on stderr
 and the exit code of its class (2 configuration, 3 data, …), without a traceback. `run` works with the server of
@@ -82,6 +82,8 @@ def _root(
       rlhf run quickstart.yaml             run; what is published is reused
       rlhf run quickstart.yaml --set ppo.kl_coef=0.2
       rlhf run quickstart.yaml --set method=dpo
+      rlhf status --watch                  what runs, how far it is, what there is
+      rlhf logs quickstart.yaml ppo -f     a stage's log, as it comes
       rlhf artifacts list                  what the store holds
       rlhf chat quickstart.yaml --prompt "Once upon a time"
       rlhf eval quickstart.yaml:reward     how good a model is; two targets: side by side
@@ -234,7 +236,7 @@ app.command()(status)
 @app.command()
 def doctor(
     target: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG|STORE]", help="a pipeline YAML whose store, or a store, to try")
+        str | None, typer.Argument(metavar="CONFIG|STORE", help="a pipeline YAML whose store, or a store, to try")
     ] = None,
     store: Annotated[
         str | None, typer.Option("--store", metavar="URL", help=f"store to try; default {DEFAULT_STORE}")

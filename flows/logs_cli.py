@@ -37,7 +37,7 @@ def logs(
             metavar="CONFIG|ARTIFACT", help="a pipeline YAML, or the beginning of an artifact's id, or @ALIAS"
         ),
     ],
-    stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="with CONFIG: whose")] = None,
+    stage: Annotated[str | None, typer.Argument(metavar="STAGE", help="with CONFIG: whose")] = None,
     follow_it: Annotated[
         bool,
         typer.Option("--follow", "-f", help="go on as lines come, through later attempts, until published or failed"),
@@ -54,11 +54,17 @@ def logs(
     sets: Set = None,
     store: StoreOption = None,
 ) -> None:
-    """Show the log of a stage's newest attempt: all ranks by time, and first why it failed, if it did.
+    """Show the log of a stage's newest attempt: all ranks by time, and first why it failed.
 
-    With --follow the log goes on as it comes to the store, which is at most a minute behind the job, and a new attempt is
-    announced. It ends when the stage is published (exit code 0) or has failed for good (the exit code of its failure; 1 where
-    it has none); Ctrl-C ends it with 130 and leaves the job alone.
+    With --follow the log goes on as it comes to the store, at most a minute behind the job
+    (a few seconds in a local store), and through later attempts, which are announced.
+
+    [bold]Exit codes of --follow[/]
+
+      0      the stage is published
+      130    Ctrl-C; the job goes on
+      75     its run was stopped; start it again
+      else   it has failed for good: the code of its failure, 1 where it has none
     """
     place, id = _artifact(target, stage, sets or (), store)
     after = _after(since)

@@ -39,7 +39,7 @@ WATCH_PATIENCE = 10.0  # seconds for which a watch's request to S3 is tried agai
 
 def status(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="a pipeline YAML: only its stages, also those not begun")
+        Path | None, typer.Argument(metavar="CONFIG", help="a pipeline YAML: only its stages, also those not begun")
     ] = None,
     store: StoreOption = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="again and again, until Ctrl-C")] = False,
@@ -53,11 +53,20 @@ def status(
     as_data: Annotated[bool, typer.Option("--json", help="as JSON; with --watch one document a line")] = False,
     sets: Set = None,
 ) -> None:
-    """Show what runs, how far it is, and what there is: read from the store, on whatever machine the jobs run.
+    """Show what runs, how far it is, and what there is. Read from the store, wherever jobs run.
 
-    States: running; waiting (for a stage that runs); resumable (nothing runs; the next run goes on from there); failed;
-    stopped; stale lease (whoever held it has fallen silent, and the next run takes over); published. Runs of the Prefect
-    server that PREFECT_API_URL or the profile names are listed below, if it answers within a few seconds.
+    [bold]States[/]
+
+      running        a job gives signs of life (column seen: how long ago)
+      waiting        for a stage before it, which runs
+      resumable      nothing runs; the next `rlhf run` goes on from this checkpoint
+      failed         the line below says why
+      stopped        nothing runs, and nothing was saved; the next run begins anew
+      stale lease    who built it fell silent; the next run takes over
+      published      finished; later runs reuse it
+
+    Runs of the Prefect server that PREFECT_API_URL or the active profile names are listed
+    below, if it answers within a few seconds.
     """
     loaded = load_config(config, sets or ()) if config else None
     place = Store(store or (loaded.store if loaded else DEFAULT_STORE), WATCH_PATIENCE if watch else None)

@@ -137,12 +137,12 @@ class Status:
         """The last progress events that the attempt's log has brought to the store, oldest first; read when it has grown."""
         path = f"attempts/{attempt:04d}/metrics.jsonl"
         size = self._paths[id].get(path, 0)
-        known, events = self._tails.get(id, (0, []))
+        known, events = self._tails.get(f"{id}/{path}", (0, []))
         if size != known:
             with suppress(KeyError):
                 lines = self._read(f"{id}/{path}", max(0, size - TAIL_BYTES), size).splitlines()
                 events = [event for line in lines if (event := _event(line))]
-            self._tails[id] = size, events
+            self._tails[f"{id}/{path}"] = size, events
         return events
 
     # --- what is made of it ---

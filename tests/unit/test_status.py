@@ -36,6 +36,8 @@ ROOT = Path(__file__).parents[2]
 def _no_server(tmp_path, monkeypatch):
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(status_cli, "SECONDS", 0.0)  # nobody waits to be told that there is no server
     monkeypatch.chdir(tmp_path)
 
 
@@ -122,6 +124,17 @@ def test_a_running_stage_tells_how_far_it_is_when_it_ends_and_where_and_those_af
     assert sft["metrics"]["tokens_per_second"] == 1234 and sft["checkpoint"]["step"] == 20
     assert 50 < sft["eta"] < 90 and 0 <= sft["age"] < 50, "70 steps are left, at one a second"
     assert seen["ppo"]["note"] == "for sft, reward"
+
+
+def test_a_new_attempt_shows_nothing_of_the_numbers_of_the_one_before(refs, store):
+    first = stored.begin(store, refs["sft"])
+    log_progress(store, first, 10, 20, 30)
+    beat(store, first, step=30, total=100, phase="train")
+    status = Status(store)
+    assert status.look()[0].event["metrics"]["loss"] == 2.5
+    beat(store, stored.begin(store, refs["sft"], attempt=2))
+    seen = status.look()[0]
+    assert (seen.state, seen.attempt, seen.event, seen.eta) == ("running", 2, {}, None)
 
 
 def test_a_holder_of_another_machine_that_fell_silent_is_told_from_one_that_lives(file, refs, store, capfd):

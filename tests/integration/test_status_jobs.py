@@ -13,7 +13,7 @@ import pytest
 import stored
 from commands import rlhf
 
-from flows import follow
+from flows import follow, status_cli
 from rlhf_core.artifacts import make_ref
 from rlhf_core.lease import Heartbeat
 from rlhf_core.status import Status
@@ -48,6 +48,7 @@ with acquire(store, job.model_copy(update={"job_id": job.family + str(sys.argv[3
 def _alone(tmp_path, monkeypatch):
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    monkeypatch.setattr(status_cli, "SECONDS", 0.0)  # nobody waits to be told that there is no server
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from rich.markup import escape
 
 from flows.show import err
-from rlhf_core.errors import ExitCode, StoreError
+from rlhf_core.errors import ConfigError, ExitCode, StoreError
 from rlhf_core.failures import RULES
 from rlhf_core.follow import Attempt, is_published
 from rlhf_core.ranklog import Line
@@ -31,6 +31,9 @@ def follow(
         show: is given the lines as they come.
         tail: of the lines that are there at first, how many to show; None: all.
         only: end with this attempt; None: go on with those after it.
+
+    Raises:
+        ConfigError: there is no such attempt, though there are later ones.
     """
     following = _Following(store, id, show, tail, only)
     while True:
@@ -55,8 +58,13 @@ class _Following:
     def step(self) -> int | None:
         """Look once and show what is new; returns the exit code at the end."""
         listed = self.store.list(f"{self.id}/attempts")
-        folder = self._newest(listed) if self.only is None else f"{self.id}/attempts/{self.only:04d}"
+        newest = self._newest(listed)
+        folder = newest if self.only is None else f"{self.id}/attempts/{self.only:04d}"
         if folder is None or f"{folder}/job.json" not in listed:
+            if folder and newest and newest > folder:
+                raise ConfigError(f"{self.id}: there is no attempt {self.only} in {self.store.url}")
+            if newest is None and is_published(self.store, self.id):  # made elsewhere, and copied without its logs
+                return self._published()
             self._tell(f"{escape(self.id)}: waiting for {f'attempt {self.only}' if self.only else 'its first attempt'}")
             return None
         if self.attempt is None or self.attempt.folder != folder:
@@ -80,8 +88,7 @@ class _Following:
     def _end(self, attempt: Attempt) -> int | None:
         failure, last = attempt.failure, self.only is not None
         if not (last and failure) and is_published(self.store, self.id):
-            self._tell(f"[green]published[/] {self.store.url}/{escape(self.id)}")
-            return 0
+            return self._published()
         how = f"[red]attempt {attempt.number}:[/] {escape(failure_line(failure) if failure else f'ended {attempt.ended}')}"
         patience = 0.0 if last or (failure and not RULES[failure.kind].retry) else attempt.patience()
         left = patience - attempt.age()
@@ -93,6 +100,10 @@ class _Following:
             self._tell(f"no other attempt has begun for {patience:.0f} s")
         code = failure.code if failure else ExitCode.PREEMPTED if attempt.stopped else 1
         return code if 0 < code < 256 else 1
+
+    def _published(self) -> int:
+        self._tell(f"[green]published[/] {self.store.url}/{escape(self.id)}")
+        return 0
 
     def _tell(self, line: str) -> None:
         """A line of ours, once."""

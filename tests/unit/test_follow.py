@@ -168,6 +168,16 @@ def test_one_attempt_alone_is_followed_to_its_own_end(store, capfd):
     assert rlhf(capfd, "logs", REF.id, "--follow", "--attempt", "2", "--store", store.url)[0] == 0
 
 
+def test_what_can_never_come_is_not_waited_for(store, capfd):
+    finish(store, begin(store, 2))
+    code, _, err = rlhf(capfd, "logs", REF.id, "--follow", "--attempt", "1", "--store", store.url)
+    assert code == 2 and "there is no attempt 1 in" in err
+    for key in store.list(f"{REF.id}/attempts/0002"):
+        if "/files/" not in key:
+            store.delete(key)  # as in a copy of an artifact
+    assert rlhf(capfd, "logs", REF.id, "--follow", "--store", store.url)[0] == 0
+
+
 def test_tail_and_since_choose_lines(store, capfd):
     job = begin(store)
     say(store, job, 0, *(f"{n:02d} word{n}" for n in range(10)))

@@ -36,7 +36,7 @@ artifacts = typer.Typer(no_args_is_help=True, help="Look at what the store holds
 
 @artifacts.command("list")
 def artifacts_list(
-    stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="only this stage's")] = None,
+    stage: Annotated[str | None, typer.Argument(metavar="STAGE", help="only this stage's")] = None,
     store: StoreOption = None,
     config: ConfigOption = None,
 ) -> None:
@@ -69,7 +69,7 @@ def artifacts_lineage(id: Id, store: StoreOption = None, config: ConfigOption = 
 
 @artifacts.command("tensorboard")
 def artifacts_tensorboard(
-    id: Annotated[str | None, typer.Argument(metavar="[ID]", help="only this artifact; may be a prefix")] = None,
+    id: Annotated[str | None, typer.Argument(metavar="ID", help="only this artifact; may be a prefix")] = None,
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="where the event files go")] = Path(
         "tensorboard"
     ),
@@ -84,7 +84,7 @@ def artifacts_tensorboard(
 
 @artifacts.command("verify")
 def artifacts_verify(
-    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID…]", help="only these; beginnings of ids")] = None,
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID…", help="only these; beginnings of ids")] = None,
     store: StoreOption = None,
     config: ConfigOption = None,
 ) -> None:
@@ -132,11 +132,14 @@ def artifacts_gc(
     store: StoreOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Show, or remove, what nobody needs: what nothing kept was made of, old unfinished artifacts, and leftovers, also of
-    writes that were cut off a day ago or more.
+    """Show, or remove, what nobody needs; without --delete nothing is removed.
 
-    Kept are: what aliases stand for; published artifacts, all of them unless --keep-last or --older-than says which may go
-    (with both, an artifact goes if both say so); what a job is building; what is unfinished and young; and whatever these were
+    What may go: artifacts that nothing kept was made of and that --keep-last or --older-than
+    gives up (with both, an artifact goes if both say so), old unfinished artifacts, and
+    leftovers, also of writes that were cut off a day ago or more.
+
+    Kept are: what aliases stand for; all other published artifacts, unless an option says
+    otherwise; what a job is building; what is unfinished and young; and whatever these were
     made of.
     """
     place = store_of(store, config)
@@ -187,7 +190,7 @@ def artifacts_promote(
 
 @artifacts.command("aliases")
 def artifacts_aliases(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one alias, with all it stood for")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="one alias, with all it stood for")] = None,
     store: StoreOption = None,
     config: ConfigOption = None,
 ) -> None:

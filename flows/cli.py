@@ -1,4 +1,4 @@
-"""The command line `rlhf`: plan, run, artifacts, chat, eval, doctor.
+"""The command line `rlhf`: plan, run, status, logs, artifacts, chat, eval, doctor.
 
 Commands that need no Prefect do not import it, so they answer at once. A mistake of the user's is one message on stderr
 and the exit code of its class (2 configuration, 3 data, …), without a traceback. `run` works with the server of
@@ -24,6 +24,7 @@ from flows.logs_cli import logs
 from flows.node_cli import node
 from flows.selection import forced_stages, plan_run, plan_to_run
 from flows.show import err, out, show_checks, show_hosts, show_plan, show_results
+from flows.status_cli import status
 from flows.targets import DEFAULT_STORE, MODEL_FOLDERS, resolve, stage_name
 from rlhf_core import __version__
 from rlhf_core.config import PipelineConfig, load_config
@@ -81,6 +82,8 @@ def _root(
       rlhf run quickstart.yaml             run; what is published is reused
       rlhf run quickstart.yaml --set ppo.kl_coef=0.2
       rlhf run quickstart.yaml --set method=dpo
+      rlhf status --watch                  what runs, how far it is, what there is
+      rlhf logs quickstart.yaml ppo -f     a stage's log, as it comes
       rlhf artifacts list                  what the store holds
       rlhf chat quickstart.yaml --prompt "Once upon a time"
       rlhf eval quickstart.yaml:reward     how good a model is; two targets: side by side
@@ -227,12 +230,13 @@ def chat(
 app.command("eval")(evaluate)
 app.command()(node)
 app.command()(logs)
+app.command()(status)
 
 
 @app.command()
 def doctor(
     target: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG|STORE]", help="a pipeline YAML whose store, or a store, to try")
+        str | None, typer.Argument(metavar="CONFIG|STORE", help="a pipeline YAML whose store, or a store, to try")
     ] = None,
     store: Annotated[
         str | None, typer.Option("--store", metavar="URL", help=f"store to try; default {DEFAULT_STORE}")

@@ -2,9 +2,10 @@
 
 The launcher writes to one local file and every rank to its own, which are followed here; nothing the control plane does can block
 a rank that prints. In the store lie `log.txt`, all lines as they came, with "[3] " before rank 3's if there are several, and
-`rank-003.log`, one rank's lines with their times. They are at most a minute behind while the job runs and whole when it has ended,
-also after a failure. A full local disk costs the logs their end and not the run its life: the job fails of it by itself, if it
-does, and may be started again. Only what rank 0 (or a job without ranks) tells is progress of the job.
+`rank-003.log`, one rank's lines with their times. They are at most a minute behind while the job runs, in a local store a few
+seconds, and whole when it has ended, also after a failure. A full local disk costs the logs their end and not the run its life: the
+job fails of it by itself, if it does, and may be started again. Only what rank 0 (or a job without ranks) tells is progress of the
+job.
 """
 
 import json
@@ -25,6 +26,8 @@ from rlhf_core.store import Store
 
 JOB_LOG = "log.txt"
 UPLOAD_SECONDS = 60.0  # the logs in the store are at most this much behind
+LOCAL_SECONDS = 5.0  # the same where storing is a copy on a disk, as long as the logs are short
+LOCAL_CHARACTERS = 1 << 24
 CHUNK = 1 << 18  # bytes
 ROUNDS = 64  # of a chunk from every file in one call: who prints faster than that keeps nobody from looking at limits
 
@@ -89,9 +92,15 @@ class JobLog:
             if (found := self._round()) is None:
                 break
             events += found
-        if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+        if time.monotonic() - self._uploaded > self._between:
             self._upload()
         return events
+
+    @property
+    def _between(self) -> float:
+        """Seconds between two uploads."""
+        cheap = self.store.scheme == "file" and sum(file.written for file in self._stored()) < LOCAL_CHARACTERS
+        return min(LOCAL_SECONDS, UPLOAD_SECONDS) if cheap else UPLOAD_SECONDS
 
     def _find_ranks(self) -> None:
         """Follow the logs of ranks that have begun meanwhile; the launcher's comes first, then theirs in order."""

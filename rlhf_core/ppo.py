@@ -106,6 +106,7 @@ class PPOStage(Resumable):
             self.history.append({name: metrics[name] for name in HISTORY})
             self.context.log("train", step + 1, metrics)
             self.shown = {k: metrics[k] for k in ("score", "kl_sequence", "response_length", "eos_rate")}
+            self.shown["tokens_per_second"] = self.tokens / self.seconds
             self._tell(step + 1)
             self._snapshot(step + 1)
             self.checkpoints.at(Position(step=step + 1, phase="rollout"), last=step + 1 == self.spec.steps)

@@ -194,11 +194,19 @@ def merged(store: Store, attempt: str) -> Iterator[Line]:
         yield from heapq.merge(*(_lines(files[rank], rank) for rank in sorted(files)), key=lambda line: line.time)
 
 
+def unstamped(stored: str, rank: int, before: float) -> Line:
+    """A line of a rank's stored log, without its end; `before`: the time of the one before it, for a line that has none."""
+    stamp, _, text = stored.partition(" ")
+    try:
+        return Line(datetime.fromisoformat(stamp).timestamp(), rank, text)
+    except ValueError:  # the last line of a log that a full disk has cut
+        return Line(before, rank, text)
+
+
 def _lines(file: Path, rank: int) -> Iterator[Line]:
     when = 0.0
     with file.open(errors="replace", newline="\n") as lines:
         for line in lines:
-            stamp, _, text = line.rstrip("\n").partition(" ")
-            with suppress(ValueError):  # the last line of a log that a full disk has cut
-                when = datetime.fromisoformat(stamp).timestamp()
-            yield Line(when, rank, text)
+            found = unstamped(line.rstrip("\n"), rank, when)
+            when = found.time
+            yield found

@@ -104,7 +104,9 @@ class Trainer(Resumable, Generic[S]):
         for step in range(first, self.steps):
             metrics = self.metrics = self.step(step)
             self.context.log("train", step + 1, metrics)
-            self.context.progress(step + 1, self.steps, "train", {name: metrics[name] for name in self.shown})
+            shown = {name: metrics[name] for name in self.shown}
+            shown["tokens_per_second"] = self.tokens / (time.monotonic() - began)
+            self.context.progress(step + 1, self.steps, "train", shown)
             if self.spec.eval_every and (step + 1) % self.spec.eval_every == 0 and step + 1 < self.steps:
                 self.evaluate(step + 1)
             self.seconds = time.monotonic() - began

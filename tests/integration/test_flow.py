@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import rlhf as command_line
 from quick_stage import save
 
 from rlhf_core import launch, lease
@@ -137,6 +138,19 @@ def test_the_first_run_builds_every_stage_and_the_second_reuses_all_as_cached(se
     built = dict.fromkeys(STAGES, "Completed") | {"flow": "Completed"}
     reused = dict.fromkeys(STAGES, "Cached") | {"flow": "Completed"}
     assert eventually(lambda: run_states(config) == [built, reused])
+
+
+def test_status_shows_the_stages_and_beside_them_the_servers_runs(server, config, store, capfd, monkeypatch):
+    from flows import status_cli
+    from flows.rlhf import rlhf
+
+    rlhf(config)
+    monkeypatch.setattr(status_cli, "SECONDS", 60.0)
+    monkeypatch.setenv("PREFECT_API_URL", server)
+    capfd.readouterr()
+    code, out, _ = command_line(capfd, "status", "--store", store.url)
+    assert code == 0 and out.count("published") == len(STAGES)
+    assert f"  {config.name}  Completed  since 20" in out and "/runs/flow-run/" in out
 
 
 def test_a_changed_ppo_field_builds_only_ppo_and_what_follows(server, config, store):

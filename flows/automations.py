@@ -1,0 +1,107 @@
+"""What the Prefect server does by itself when a run dies: marks it, and starts it again, a bounded number of times.
+
+A run whose machine is gone says nothing more, so its missing heartbeat is what marks it crashed. A crashed run of a deployment
+is scheduled again after a pause that grows with the number of its starts (`PAUSES`); after the last, a person has to look.
+Prefect's actions can neither count nor wait; so there is one automation for each start, which answers to that run count alone
+and fires when the run has not been scheduled again (by a person) within its pause. A run without a deployment has no worker
+that would start it. A false alarm does no harm: the second builder of an artifact waits for the first.
+"""
+
+from datetime import timedelta
+from typing import Any
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.events import AutomationCore, EventTrigger, Posture, ResourceSpecification
+from prefect.events.actions import ChangeFlowRunState
+
+from rlhf_core.specs import STAGES
+
+FLOWS = ["rlhf", *(f"rlhf-{stage}" for stage in STAGES)]
+
+SILENCE_SECONDS = 120  # three beats may be lost
+PAUSES = (10, 60, 300)  # seconds before the second, third and fourth start; Prefect's least is 10
+
+
+def automations() -> list[AutomationCore]:
+    """All of them."""
+    return [_mark_silent(), *(_start_again(count, pause) for count, pause in enumerate(PAUSES, start=1))]
+
+
+def install() -> dict[str, str]:
+    """Create them on the Prefect server, or bring them up to date; returns for each name what was done.
+
+    Whether somebody has switched one off is left as it is.
+    """
+    done: dict[str, str] = {}
+    with get_client(sync_client=True) as client:
+        for wanted in automations():
+            found = next(iter(client.read_automations_by_name(wanted.name)), None)
+            if found is None:
+                client.create_automation(wanted)
+                done[wanted.name] = "created"
+            elif _definition(found) == _definition(wanted):
+                done[wanted.name] = "there already" + ("" if found.enabled else ", switched off")
+            else:
+                client.update_automation(found.id, wanted.model_copy(update={"enabled": found.enabled}))
+                done[wanted.name] = "updated"
+    return done
+
+
+def _definition(automation: AutomationCore) -> Any:
+    """What it does, in a form that compares: what comes back from the server has its sets in another order."""
+
+    def sort(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: sort(item) for key, item in value.items()}
+        return sorted(map(sort, value), key=repr) if isinstance(value, list) else value
+
+    return sort(automation.model_dump(mode="json", include={"description", "trigger", "actions"}))
+
+
+def _mark_silent() -> AutomationCore:
+    return AutomationCore(
+        name="rlhf-silent-run-crashed",
+        description=f"A run that has given no heartbeat for {SILENCE_SECONDS} s is marked crashed.",
+        trigger=EventTrigger(
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.*"},
+            posture=Posture.Proactive,
+            match=_resource({"prefect.resource.id": "prefect.flow-run.*"}),
+            match_related=_resource({"prefect.resource.role": "flow", "prefect.resource.name": FLOWS}),
+            for_each={"prefect.resource.id"},
+            threshold=1,
+            within=timedelta(seconds=SILENCE_SECONDS),
+        ),
+        actions=[_change(StateType.CRASHED, "Crashed", f"No heartbeat for {SILENCE_SECONDS} s: taken for dead.")],
+    )
+
+
+def _start_again(count: int, pause: int) -> AutomationCore:
+    """For a run that crashed in its start number `count`."""
+    return AutomationCore(
+        name=f"rlhf-crashed-run-again-{count}",
+        description=f"A run that crashed in its start {count} of {len(PAUSES) + 1} is started again after {pause} s.",
+        trigger=EventTrigger(
+            after={"prefect.flow-run.Crashed"},
+            expect={"prefect.flow-run.AwaitingRetry", "prefect.flow-run.Scheduled"},
+            posture=Posture.Proactive,
+            match=_resource({"prefect.resource.id": "prefect.flow-run.*", "prefect.run-count": str(count)}),
+            match_related=[
+                _resource({"prefect.resource.role": "flow", "prefect.resource.name": FLOWS}),
+                _resource({"prefect.resource.role": "deployment"}),
+            ],
+            for_each={"prefect.resource.id"},
+            threshold=1,
+            within=timedelta(seconds=pause),
+        ),
+        actions=[_change(StateType.SCHEDULED, "AwaitingRetry", f"Crashed; start {count + 1} after {pause} s.")],
+    )
+
+
+def _change(state: StateType, name: str, message: str) -> Any:
+    return ChangeFlowRunState(state=state, name=name, message=message, force=False)
+
+
+def _resource(labels: dict[str, Any]) -> ResourceSpecification:
+    return ResourceSpecification.model_validate(labels)

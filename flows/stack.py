@@ -171,11 +171,15 @@ class Stack:
         if part is None:
             return
         if self.lives(part):
+            # While it ends it shows no environment; that it was ours is known by now.
+            def gone() -> bool:
+                return not guard.alive(part.pid) or guard.started(part.pid) != part.started
+
             guard.send(part.pid, signal.SIGTERM)
-            if not self._gone(lambda: not self.lives(part), END_SECONDS):
+            if not self._gone(gone, END_SECONDS):
                 with suppress(ProcessLookupError):
                     os.killpg(part.pid, signal.SIGKILL)  # it leads a session, so this is nobody else's group
-                self._gone(lambda: not self.lives(part), END_SECONDS)
+                self._gone(gone, END_SECONDS)
             tell(f"{name}: ended (pid {part.pid})")
         else:
             tell(f"{name}: had died (pid {part.pid})")

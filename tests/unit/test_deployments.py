@@ -87,7 +87,7 @@ def test_every_parameter_of_the_form_says_what_it_is(form):
 def test_the_form_knows_limits_choices_and_descriptions_of_the_fields_below_it(form):
     models = form["definitions"]
     assert models["ResourceTable"]["properties"]["zero_stage"]["maximum"] == 3
-    assert models["PPOSpec"]["properties"]["advantage"]["enum"]
+    assert "dpo" in models["PipelineConfig"]["properties"]["method"]["enum"]
     assert "description" in models["PipelineConfig"]["properties"]["store"]
 
 

@@ -19,13 +19,24 @@ from rlhf_core.specs import STAGES
 
 FLOWS = ["rlhf", *(f"rlhf-{stage}" for stage in STAGES)]
 
-SILENCE_SECONDS = 120  # three beats may be lost
+SILENCE_SECONDS = 120  # runs of deployments give one every 30 s, so says their deployment: three may be lost
+LONG_SILENCE_SECONDS = 600  # any other may have Prefect's default of 180 s
 PAUSES = (10, 60, 300)  # seconds before the second, third and fourth start; Prefect's least is 10
+
+
+def _resource(labels: dict[str, Any]) -> ResourceSpecification:
+    return ResourceSpecification.model_validate(labels)
+
+
+OURS = _resource({"prefect.resource.role": "flow", "prefect.resource.name": FLOWS})
+DEPLOYED = _resource({"prefect.resource.role": "deployment"})
 
 
 def automations() -> list[AutomationCore]:
     """All of them."""
-    return [_mark_silent(), *(_start_again(count, pause) for count, pause in enumerate(PAUSES, start=1))]
+    silent = _mark_silent(SILENCE_SECONDS, "rlhf-silent-run-crashed", " of a deployment", DEPLOYED)
+    others = _mark_silent(LONG_SILENCE_SECONDS, "rlhf-long-silent-run-crashed", "")
+    return [silent, others, *(_start_again(count, pause) for count, pause in enumerate(PAUSES, start=1))]
 
 
 def install() -> dict[str, str]:
@@ -59,21 +70,22 @@ def _definition(automation: AutomationCore) -> Any:
     return sort(automation.model_dump(mode="json", include={"description", "trigger", "actions"}))
 
 
-def _mark_silent() -> AutomationCore:
+def _mark_silent(seconds: int, name: str, of: str, *related: ResourceSpecification) -> AutomationCore:
+    """For runs that have given a heartbeat and then nothing for some time."""
     return AutomationCore(
-        name="rlhf-silent-run-crashed",
-        description=f"A run that has given no heartbeat for {SILENCE_SECONDS} s is marked crashed.",
+        name=name,
+        description=f"A run{of} that has said nothing for {seconds} s is marked crashed.",
         trigger=EventTrigger(
             after={"prefect.flow-run.heartbeat"},
             expect={"prefect.flow-run.*"},
             posture=Posture.Proactive,
             match=_resource({"prefect.resource.id": "prefect.flow-run.*"}),
-            match_related=_resource({"prefect.resource.role": "flow", "prefect.resource.name": FLOWS}),
+            match_related=[OURS, *related],
             for_each={"prefect.resource.id"},
             threshold=1,
-            within=timedelta(seconds=SILENCE_SECONDS),
+            within=timedelta(seconds=seconds),
         ),
-        actions=[_change(StateType.CRASHED, "Crashed", f"No heartbeat for {SILENCE_SECONDS} s: taken for dead.")],
+        actions=[_change(StateType.CRASHED, "Crashed", f"No heartbeat for {seconds} s: taken for dead.")],
     )
 
 
@@ -87,10 +99,7 @@ def _start_again(count: int, pause: int) -> AutomationCore:
             expect={"prefect.flow-run.AwaitingRetry", "prefect.flow-run.Scheduled"},
             posture=Posture.Proactive,
             match=_resource({"prefect.resource.id": "prefect.flow-run.*", "prefect.run-count": str(count)}),
-            match_related=[
-                _resource({"prefect.resource.role": "flow", "prefect.resource.name": FLOWS}),
-                _resource({"prefect.resource.role": "deployment"}),
-            ],
+            match_related=[OURS, DEPLOYED],
             for_each={"prefect.resource.id"},
             threshold=1,
             within=timedelta(seconds=pause),
@@ -101,7 +110,3 @@ def _start_again(count: int, pause: int) -> AutomationCore:
 
 def _change(state: StateType, name: str, message: str) -> Any:
     return ChangeFlowRunState(state=state, name=name, message=message, force=False)
-
-
-def _resource(labels: dict[str, Any]) -> ResourceSpecification:
-    return ResourceSpecification.model_validate(labels)

@@ -182,7 +182,7 @@ class Stack:
                 self._gone(gone, END_SECONDS)
             tell(f"{name}: ended (pid {part.pid})")
         else:
-            tell(f"{name}: had died (pid {part.pid})")
+            tell(f"{name}: is gone already (pid {part.pid})")
         self.write(**{name: None})
 
     def end_runs(self, tell: Callable[[str], None]) -> None:

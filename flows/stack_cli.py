@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from flows.settings import HEARTBEAT_SECONDS
 from flows.show import err, out, table
 from flows.stack import PARTS, Stack
 from flows.stack_parts import BUCKET, environment, s3_environment, start_s3, start_server, start_worker
@@ -170,10 +169,6 @@ def _require_server() -> None:
 def _show_automations(done: dict[str, str]) -> None:
     for name, what in done.items():
         out.print(f"automation {name}: {what}", highlight=False)
-    out.print(
-        f"workers must give heartbeats: PREFECT_FLOWS_HEARTBEAT_FREQUENCY={HEARTBEAT_SECONDS} in their environment",
-        highlight=False,
-    )
 
 
 def _show_next(stack: Stack) -> None:

@@ -25,7 +25,7 @@ ELSEWHERE = ("PREFECT_API_", "PREFECT_HOME", "PREFECT_PROFILE", "PREFECT_SERVER_
 def environment(stack: Stack) -> dict[str, str]:
     """Of all parts of Prefect: the caller's, with the stack's profile in place of any other server."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(ELSEWHERE)}
-    return {**own, "PREFECT_HOME": str(stack.home), **s3_environment(stack)}
+    return {**own, "DO_NOT_TRACK": "1", "PREFECT_HOME": str(stack.home), **s3_environment(stack)}
 
 
 def start_server(stack: Stack, port: int | None, database: str | None) -> Part:

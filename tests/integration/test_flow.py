@@ -614,7 +614,7 @@ def test_the_automations_are_created_once_and_a_switched_off_one_stays_so(server
     assert set(install().values()) == {"created"}
     assert set(install().values()) == {"there already"}
     [first, *_] = names = [wanted.name for wanted in automations()]
-    assert len(names) == 1 + len(PAUSES)
+    assert len(names) == 2 + len(PAUSES)
     changed = automations()[0].model_copy(update={"enabled": False, "description": "of last year"})
     with get_client(sync_client=True) as client:
         [found] = client.read_automations_by_name(first)

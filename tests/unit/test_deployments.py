@@ -58,6 +58,15 @@ def test_no_deployment_has_a_limit_of_its_own_and_no_run_writes_to_its_worker():
         assert deployment["work_pool"]["job_variables"]["stream_output"] is False
 
 
+def test_every_run_of_a_deployment_gives_heartbeats_often_enough_for_the_silence_that_is_taken_for_death():
+    from flows.automations import SILENCE_SECONDS
+
+    for deployment in DEPLOYMENTS["deployments"]:
+        every = int(deployment["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+        assert every == settings.HEARTBEAT_SECONDS
+        assert SILENCE_SECONDS >= 3 * every
+
+
 def test_the_schedules_are_valid_and_asleep():
     from prefect.client.schemas.schedules import construct_schedule
 

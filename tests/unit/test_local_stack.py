@@ -64,7 +64,7 @@ def test_another_process_with_a_recorded_pid_is_not_ended(stack):
             said, tell = lines()
             stack.end_part("worker", tell)
             assert other.poll() is None
-            assert said == [f"worker: had died (pid {other.pid})"]
+            assert said == [f"worker: is gone already (pid {other.pid})"]
     finally:
         other.kill()
         other.wait()

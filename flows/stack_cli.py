@@ -1,6 +1,7 @@
 """`rlhf up`, `rlhf down`, `rlhf deploy`, `rlhf automations`: the local stack, and what any Prefect server needs of us."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from flows.show import err, out, table
-from flows.stack import PARTS, Stack
+from flows.stack import PARTS, Part, PartName, Stack
 from flows.stack_parts import BUCKET, environment, s3_environment, start_s3, start_server, start_worker
 from rlhf_core.config import load_config
 from rlhf_core.errors import ConfigError
@@ -45,6 +46,9 @@ def up(
         raise typer.Exit(0 if show_stack(stack) else MISSING)
     file = _place(config)
     with stack.alone():
+        worker = stack.part("worker")
+        if s3 and not stack.part("s3") and worker and stack.lives(worker):
+            raise ConfigError("--s3: a worker runs that would not know of it; `rlhf down`, then `rlhf up --s3`")
         if s3 or stack.part("s3"):
             _start(stack, "s3", lambda: start_s3(stack))
         _start(stack, "server", lambda: start_server(stack, port, database), port)
@@ -123,7 +127,7 @@ def show_stack(stack: Stack) -> bool:
     return well
 
 
-def _start(stack: Stack, name, begin, port: int | None = None) -> None:  # noqa: ANN001
+def _start(stack: Stack, name: PartName, begin: Callable[[], Part], port: int | None = None) -> None:
     """Start a part that does not run; ConfigError if it runs on another port than the one that is asked for."""
     part = stack.part(name)
     if part and stack.lives(part):

@@ -34,9 +34,13 @@ class Stacked:
         self.store = Store(f"file://{folder}/.rlhf/store")
         gone = ("PREFECT_API_URL", "PREFECT_HOME", "RLHF_TERMINAL")
         kept = {name: value for name, value in os.environ.items() if name not in gone}
-        path = os.pathsep.join([str(ROOT), kept.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         lease = {"RLHF_LEASE_BEAT": "1", "RLHF_LEASE_TTL": "6"}
-        self.env = {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **lease}
+        self.env = {**kept, "PYTHONPATH": self.path(), "OMP_NUM_THREADS": "1", **lease}
+
+    @staticmethod
+    def path() -> str:
+        """PYTHONPATH by which a process finds this tree."""
+        return os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 
     def rlhf(self, *words: str, code: int = 0) -> str:
         """Run a command in the folder; what it said."""

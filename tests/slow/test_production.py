@@ -70,7 +70,7 @@ def test_the_units_commands_run_a_deployment_on_postgresql(postgres, started, tm
     given = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     given |= {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "PREFECT_HOME": str(tmp_path / "prefect")}
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    env = {**kept, **given, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    env = {**kept, **given, "PYTHONPATH": Stacked.path(), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     url = f"postgresql+asyncpg://prefect@{postgres}/prefect"
     subprocess.run(
         [str(BINARIES / "createdb"), "-h", "127.0.0.1", "-p", postgres.rpartition(":")[2], "-U", "prefect", "prefect"],
@@ -129,7 +129,7 @@ def test_nothing_wants_to_leave_the_machine_and_the_ui_is_whole_without_it(tmp_p
     if os.geteuid() or not shutil.which("unshare") or not shutil.which("ip"):
         pytest.skip("a network namespace needs root, unshare and ip")
     script = [sys.executable, str(Path(__file__).with_name("closed.py")), str(tmp_path)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([Stacked.path(), str(Path(__file__).parent)])}
     done = subprocess.run(["unshare", "--net", *script], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     result = json.loads(done.stdout.splitlines()[-1])

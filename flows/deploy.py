@@ -18,14 +18,12 @@ from prefect.workers.process import ProcessWorker
 
 from flows import automations
 from rlhf_core.errors import ConfigError, RlhfError
+from rlhf_core.specs import STAGES
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "deployments" / "prefect.yaml"
 POOL = "rlhf"
-DEPLOYMENTS = (
-    "rlhf/pipeline",
-    *(f"rlhf-{stage}/{stage}" for stage in ("data", "sft", "reward", "ppo", "dpo", "evaluate")),
-)
+DEPLOYMENTS = ("rlhf/pipeline", *(f"rlhf-{stage}/{stage}" for stage in STAGES))
 
 
 class DeployError(RlhfError):

@@ -60,11 +60,11 @@ def install() -> dict[str, str]:
 
 
 def _definition(automation: AutomationCore) -> Any:
-    """What it does, in a form that compares: what comes back from the server has its sets in another order."""
+    """What it does, in a form that compares: from the server sets come back in another order, and from PostgreSQL keys too."""
 
     def sort(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: sort(item) for key, item in value.items()}
+            return {key: sort(value[key]) for key in sorted(value)}
         return sorted(map(sort, value), key=repr) if isinstance(value, list) else value
 
     return sort(automation.model_dump(mode="json", include={"description", "trigger", "actions"}))

@@ -41,11 +41,14 @@ def listen(seen: list[str]) -> None:
 
 
 def assets(url: str) -> dict[str, int]:
-    """What the first page of the UI loads: for each address the status."""
+    """Scripts and styles that the first page of the UI loads: for each address the status."""
     page = urllib.request.urlopen(url, timeout=30).read().decode()
     found = {}
     for address in ADDRESS.findall(page):
-        found[address] = -1 if "//" in address else urllib.request.urlopen(f"{url}{address}", timeout=30).status
+        if "//" in address:
+            found[address] = -1  # of somebody else
+        elif address.endswith((".js", ".css")):
+            found[address] = urllib.request.urlopen(f"{url}{address}", timeout=30).status
     return found
 
 

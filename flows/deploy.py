@@ -12,7 +12,8 @@ from pathlib import Path
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate, WorkPoolUpdate
-from prefect.client.schemas.objects import DeploymentSchedule
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import DeploymentSchedule, State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
@@ -107,3 +108,25 @@ def _put_back(client: SyncPrefectClient, name: str, before: list[DeploymentSched
                 schedule=old.schedule, active=old.active, parameters=old.parameters, slug=old.slug
             )
             client.create_deployment_schedules(deployment, [again])
+
+
+def go_on(alive: set[str], interrupted: set[str]) -> list[str]:
+    """Schedule the runs of a local stack again that have lost their process, before a worker is started; returns their names.
+
+    The automations do not do it here: Prefect's server puts off what it hears of a run that it has not heard of since its start.
+
+    Args:
+        alive: ids of the runs whose processes live.
+        interrupted: ids of the runs that `rlhf down` has ended.
+    """
+    again: list[str] = []
+    with get_client(sync_client=True) as client:
+        states = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.CRASHED])
+        for run in client.read_flow_runs(flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=states))):
+            crashed = run.state is not None and run.state.type == StateType.CRASHED
+            if run.deployment_id is None or str(run.id) in alive or (crashed and str(run.id) not in interrupted):
+                continue
+            awaiting = State(type=StateType.SCHEDULED, name="AwaitingRetry", message="Its process is gone.")
+            if client.set_flow_run_state(run.id, awaiting).status.value == "ACCEPT":
+                again.append(run.name)
+    return again

@@ -103,6 +103,10 @@ class Stack:
         """The processes of flow runs."""
         return {pid for pid in self.processes() if guard.python_module(pid) in RUN_MODULES}
 
+    def run_ids(self) -> set[str]:
+        """The ids of the flow runs whose processes live."""
+        return {id for pid in self.runs() if (id := guard.variable(pid, "PREFECT__FLOW_RUN_ID"))}
+
     def log(self, name: PartName) -> Path:
         """Where a part writes."""
         return self.own / f"{name}.log"
@@ -192,6 +196,7 @@ class Stack:
             guard.send(worker.pid, signal.SIGTERM)  # it goes on with what it has: that is told itself
         runs = self.runs()
         if runs:
+            self.write(interrupted=sorted(self.run_ids()))
             tell(f"runs: {len(runs)} told to save and end")
         for pid in runs:
             guard.send(pid, signal.SIGTERM)

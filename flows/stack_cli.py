@@ -53,10 +53,14 @@ def up(
             _start(stack, "s3", lambda: start_s3(stack))
         _start(stack, "server", lambda: start_server(stack, port, database), port)
         _become_client(stack)
-        from flows.deploy import POOL, deploy
+        from flows.deploy import POOL, deploy, go_on
 
         deploy(file, Path.cwd(), limit)
         err.print("deployments, work pool and automations: up to date")
+        if not (worker and stack.lives(worker)):
+            for name in go_on(stack.run_ids(), set(stack.record().get("interrupted") or ())):
+                err.print(f"run {name}: has lost its process; it goes on")
+            stack.write(interrupted=None)
         _start(stack, "worker", lambda: start_worker(stack, POOL))
     show_stack(stack)
     _show_next(stack)

@@ -169,15 +169,26 @@ def test_when_the_machine_is_lost_the_next_up_finds_and_finishes_the_run(stacked
     killed = time.monotonic()
     said = stacked.rlhf("up", str(CONFIG))
     assert "server: had died" in said and "worker: had died" in said
-    up = time.monotonic() - killed
-    assert stacked.state(run) == "Running"  # as nobody has told the server
-    stacked.wait_for_state(run, "Crashed", "AwaitingRetry", "Pending")
+    assert "run stack: has lost its process; it goes on" in said
     marked = time.monotonic() - killed
     again = goes_on(stacked, run, killed)
     stacked.wait_for_state(run, "Completed")
     [step] = stacked.resumed("ppo", *sets)
-    what = f"kill -9 of everything; `rlhf up`, {up:.0f} s"
-    table.add(what, "Crashed, by its missing heartbeat", seconds(marked), seconds(again), step)
+    table.add("kill -9 of everything; `rlhf up`", "AwaitingRetry, by `rlhf up`", seconds(marked), seconds(again), step)
+
+
+def test_when_only_the_machine_of_the_worker_is_lost_its_silence_is_noticed(stacked, table):
+    run, sets = start_ppo(stacked, 9)
+    kill(*stacked.stack.processes() - {stacked.part("server")})
+    marked = stacked.wait_for_state(run, "Crashed")
+    scheduled = stacked.wait_for_state(run, "AwaitingRetry")
+    assert "worker: had died" in stacked.rlhf("up", str(CONFIG))
+    stacked.wait_for_state(run, "Completed")
+    [step] = stacked.resumed("ppo", *sets)
+    what = "kill -9 of worker, run and ranks"
+    table.add(
+        what, "Crashed, by its missing heartbeat", seconds(marked), f"{marked + scheduled:.1f} s: scheduled", step
+    )
 
 
 def test_down_saves_and_the_next_up_goes_on(stacked, table):

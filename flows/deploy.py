@@ -8,6 +8,7 @@ the file, so they are looked up before and put back after.
 import os
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -110,7 +111,7 @@ def _put_back(client: SyncPrefectClient, name: str, before: list[DeploymentSched
             client.create_deployment_schedules(deployment, [again])
 
 
-def go_on(alive: set[str], interrupted: set[str]) -> list[str]:
+def go_on(alive: set[str], interrupted: set[str], since: datetime) -> list[str]:
     """Schedule the runs of a local stack again that have lost their process, before a worker is started; returns their names.
 
     The automations do not do it here: Prefect's server puts off what it hears of a run that it has not heard of since its start.
@@ -118,14 +119,16 @@ def go_on(alive: set[str], interrupted: set[str]) -> list[str]:
     Args:
         alive: ids of the runs whose processes live.
         interrupted: ids of the runs that `rlhf down` has ended.
+        since: when the server was started, at the earliest; runs whose silence it has noticed since then go on as well.
     """
     again: list[str] = []
     with get_client(sync_client=True) as client:
         states = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.CRASHED])
         for run in client.read_flow_runs(flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=states))):
-            crashed = run.state is not None and run.state.type == StateType.CRASHED
-            if run.deployment_id is None or str(run.id) in alive or (crashed and str(run.id) not in interrupted):
+            if run.deployment_id is None or run.state is None or str(run.id) in alive:
                 continue
+            if run.state.is_crashed() and str(run.id) not in interrupted and run.state.timestamp < since:
+                continue  # that has been looked at
             awaiting = State(type=StateType.SCHEDULED, name="AwaitingRetry", message="Its process is gone.")
             if client.set_flow_run_state(run.id, awaiting).status.value == "ACCEPT":
                 again.append(run.name)

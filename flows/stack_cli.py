@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +45,7 @@ def up(
     stack = Stack()
     if status:
         raise typer.Exit(0 if show_stack(stack) else MISSING)
-    file = _place(config)
+    file, began = _place(config), datetime.now(UTC)
     with stack.alone():
         worker = stack.part("worker")
         if s3 and not stack.part("s3") and worker and stack.lives(worker):
@@ -58,7 +59,7 @@ def up(
         deploy(file, Path.cwd(), limit)
         err.print("deployments, work pool and automations: up to date")
         if not (worker and stack.lives(worker)):
-            for name in go_on(stack.run_ids(), set(stack.record().get("interrupted") or ())):
+            for name in go_on(stack.run_ids(), set(stack.record().get("interrupted") or ()), began):
                 err.print(f"run {name}: has lost its process; it goes on")
             stack.write(interrupted=None)
         _start(stack, "worker", lambda: start_worker(stack, POOL))

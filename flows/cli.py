@@ -22,8 +22,10 @@ from flows.artifacts_cli import artifacts
 from flows.evaluation import EvalFailed, Set, StoreOption, evaluate
 from flows.logs_cli import logs
 from flows.node_cli import node
+from flows.resume_cli import resume
 from flows.selection import forced_stages, plan_run, plan_to_run
 from flows.show import err, out, show_checks, show_hosts, show_plan, show_results
+from flows.stack_cli import automations_command, deploy_command, down, up
 from flows.status_cli import status
 from flows.targets import DEFAULT_STORE, MODEL_FOLDERS, resolve, stage_name
 from rlhf_core import __version__
@@ -87,6 +89,7 @@ def _root(
       rlhf artifacts list                  what the store holds
       rlhf chat quickstart.yaml --prompt "Once upon a time"
       rlhf eval quickstart.yaml:reward     how good a model is; two targets: side by side
+      rlhf up                              Prefect here: UI, schedules, restarts; rlhf down ends it
     """
 
 
@@ -231,6 +234,11 @@ app.command("eval")(evaluate)
 app.command()(node)
 app.command()(logs)
 app.command()(status)
+app.command()(up)
+app.command()(down)
+app.command()(resume)
+app.command("deploy")(deploy_command)
+app.command("automations")(automations_command)
 
 
 @app.command()

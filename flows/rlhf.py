@@ -9,9 +9,9 @@ from functools import partial
 
 from prefect import flow
 
+from flows.parameters import ConfigForm, chosen, run_name
 from flows.selection import plan_to_run
 from rlhf_core.artifacts import ArtifactRef
-from rlhf_core.config import PipelineConfig
 from rlhf_core.plan import StagePlan
 from rlhf_core.specs import StageName
 from rlhf_core.store import Store
@@ -19,17 +19,25 @@ from tasks.report import report
 from tasks.stage import run_planned
 
 
-@flow(name="rlhf", flow_run_name="{config.name}", persist_result=False)
-def rlhf(config: PipelineConfig, force: tuple[StageName, ...] = ()) -> dict[StageName, ArtifactRef]:
+@flow(name="rlhf", flow_run_name=run_name, persist_result=False)
+def rlhf(
+    config: ConfigForm = None,
+    force: tuple[StageName, ...] = (),
+    config_file: str | None = None,
+    overrides: tuple[str, ...] = (),
+) -> dict[StageName, ArtifactRef]:
     """Run the whole pipeline.
 
     Args:
         config: the pipeline; in the UI a form.
         force: stages to build anew although they are published.
+        config_file: in place of config: path or store URL of its YAML.
+        overrides: of the file's fields, e.g. ppo.kl_coef=0.2.
 
     Returns:
         The artifact of each stage.
     """
+    config = chosen(config, config_file, overrides)
     plan: dict[StageName, StagePlan] = {
         planned.stage: planned for planned in plan_to_run(config, Store(config.store), force)
     }

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flows.settings import OFFLINE
+from flows.stack import Stack
 from rlhf_core.errors import RlhfError
 
 STARTUP_SECONDS = 120
@@ -28,10 +30,9 @@ DRAIN_SECONDS = 10
 PR_SET_PDEATHSIG = 1
 
 DEFAULTS = {
+    **OFFLINE,
     "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(STARTUP_SECONDS),
-    "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
 }
 
 # A server that lives for one run schedules nothing and must not disturb others on the same database.
@@ -52,9 +53,11 @@ class ServerError(RlhfError):
 
 
 def configured_server() -> str | None:
-    """The API URL of the environment or the active Prefect profile, or None."""
+    """The API URL of the environment, of this folder's stack (`rlhf up`), or of the active Prefect profile, or None."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    if "PREFECT_API_URL" not in os.environ and (local := Stack().api()):
+        os.environ["PREFECT_API_URL"] = local
     from prefect.settings import get_current_settings
 
     return get_current_settings().api.url

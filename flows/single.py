@@ -6,9 +6,9 @@ cluster where stages have deployments (and so work pools) of their own, and for 
 
 from prefect import Flow, flow
 
+from flows.parameters import ConfigForm, chosen, run_name
 from flows.selection import plan_to_run
 from rlhf_core.artifacts import ArtifactRef
-from rlhf_core.config import PipelineConfig
 from rlhf_core.specs import StageName
 from rlhf_core.store import Store
 from tasks.report import report
@@ -18,8 +18,22 @@ from tasks.stage import run_planned
 def single(stage: StageName) -> Flow[..., dict[StageName, ArtifactRef]]:
     """The flow that runs one stage."""
 
-    @flow(name=f"rlhf-{stage}", flow_run_name="{config.name}", persist_result=False)
-    def run(config: PipelineConfig, force: bool = False) -> dict[StageName, ArtifactRef]:
+    @flow(name=f"rlhf-{stage}", flow_run_name=run_name, persist_result=False)
+    def run(
+        config: ConfigForm = None,
+        force: bool = False,
+        config_file: str | None = None,
+        overrides: tuple[str, ...] = (),
+    ) -> dict[StageName, ArtifactRef]:
+        """Run this stage alone; its inputs must be published.
+
+        Args:
+            config: the pipeline; in the UI a form.
+            force: build the stage anew although it is published.
+            config_file: in place of config: path or store URL of its YAML.
+            overrides: of the file's fields, e.g. ppo.kl_coef=0.2.
+        """
+        config = chosen(config, config_file, overrides)
         forced = (stage,) if force else ()
         [planned] = plan_to_run(config, Store(config.store), forced, only=stage)
         ref = run_planned(config, {stage: planned}, forced, stage, **planned.inputs)

@@ -123,20 +123,29 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> PipelineConf
     """Read a YAML file and apply overrides like `ppo.kl_coef=0.1`; ConfigError on anything wrong."""
     file = Path(path)
     try:
-        raw = yaml.safe_load(file.read_text())
+        text = file.read_bytes()
     except FileNotFoundError:
         near = sorted(p.name for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
         raise ConfigError(f"{file}: no such file" + (f"; there are: {', '.join(near)}" if near else "")) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from None
+    return config_of(text, str(file), overrides)
+
+
+def config_of(text: bytes, where: str, overrides: Iterable[str] = ()) -> PipelineConfig:
+    """The configuration in the text of a YAML file; ConfigError, which names `where`, on anything wrong."""
+    try:
+        raw = yaml.safe_load(text.decode())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not YAML: {error}") from None
+        raise ConfigError(f"{where}: not YAML: {error}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{file}: must be a mapping of fields, is a {type(raw).__name__}")
+        raise ConfigError(f"{where}: must be a mapping of fields, is a {type(raw).__name__}")
     for override in overrides:
         refuse_credentials_in({f"--set {override.partition('=')[0]}": override.partition("=")[2]})
         _apply(raw, override)
-    return parse_config(raw, str(file))
+    return parse_config(raw, where)
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "configuration") -> PipelineConfig:

@@ -48,6 +48,9 @@ class JobSpec(Frozen):
     code: tuple[FileEntry, ...] = Field(
         default=(), description="Python files of reward functions, below `code/` of the attempt"
     )
+    commit: str | None = Field(
+        default=None, description="of the code that asks for this attempt; with + if its tree differs"
+    )
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property

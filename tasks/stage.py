@@ -40,6 +40,7 @@ from rlhf_core.plan import StagePlan
 from rlhf_core.sealed import unseal
 from rlhf_core.specs import StageName
 from rlhf_core.store import Store
+from tasks.commits import commit_text, other_commits
 from tasks.headline import headline
 from tasks.progress import Progress, say
 from tasks.waiting import Waiting
@@ -136,7 +137,7 @@ def _build(
             retire(store, planned.ref, force, number)
         reward_code.upload(store, lease.job)
         result = run_job(store, lease, on_event=on_event)
-        manifest = _publish(store, lease, _manifest(planned, lease.job, result, provenance))
+        manifest = _publish(store, lease, _manifest(store, planned, lease.job, result, provenance))
         checkpoints.clear(store, planned.ref)
         local_parts.forget(store, planned.ref)
     return Stage(manifest, "resumed" if result.provenance.get("resumed") else "built")
@@ -170,6 +171,7 @@ def job_of(store: Store, config: PipelineConfig, planned: StagePlan, since: int 
         model=config.model,
         resources=config.resources.of(planned.stage),
         code=reward_code.pack(planned.spec, planned.identity) if planned.stage == "ppo" else (),
+        commit=commit_text(git_state()),
     )
     return job.model_copy(update={"job_id": f"{job.family}{uuid.uuid4().hex[:12]}"})
 
@@ -203,7 +205,7 @@ def publish_finished(
             result = unseal(JobResult, store.read(key), f"{store.url}/{key}")
             request = key.replace("/result.json", "/job.json")
             job = unseal(JobSpec, store.read(request), f"{store.url}/{request}")
-            manifest = publish(store, _manifest(planned, job, result, provenance))
+            manifest = publish(store, _manifest(store, planned, job, result, provenance))
         except (IntegrityError, KeyError):
             continue  # torn: build
         if manifest.attempt < since:
@@ -252,11 +254,15 @@ def _retired_by(ref: ArtifactRef, run: str) -> str:
     return f"{ref.id}/superseded/by-{run}.json"
 
 
-def _manifest(planned: StagePlan, job: JobSpec, result: JobResult, extra: Mapping[str, Any] | None) -> Manifest:
+def _manifest(
+    store: Store, planned: StagePlan, job: JobSpec, result: JobResult, extra: Mapping[str, Any] | None
+) -> Manifest:
     changed: dict[str, Any] = {"left_out": list(job.left_out)} if job.left_out else {}
     if job.halved:
         sizes = {name: getattr(job.resources, name) for name in ("micro_batch", "rollout_micro_batch")}
         changed["halved"] = sizes  # what the memory sufficed for
+    if commits := other_commits(store, job, result.provenance.get("resumed") or []):
+        changed["commits"] = commits
     return Manifest(
         ref=planned.ref,
         spec=planned.identity,

@@ -608,6 +608,80 @@ def test_a_single_stage_needs_its_inputs_and_builds_nothing_else(server, config,
     assert {m.ref.stage for m in list_manifests(store)} == {"data", "sft"}
 
 
+# --- a server with deployments ---------------------------------------------------------------------------------------
+
+
+def test_a_flow_takes_its_configuration_from_a_file_with_overrides_and_its_name_from_there(server, config, store):
+    from flows.single import data
+
+    store.write("configs/mine.yaml", config.model_dump_json().encode())
+    refs = data(config_file=f"{store.url}/configs/mine.yaml", overrides=("seed=5",))
+    assert refs["data"] != make_plan(config, store)[0].ref
+    assert [run["flow"] for run in run_states(config)] == ["Completed"]
+
+
+def test_the_automations_are_created_once_and_a_switched_off_one_stays_so(server):
+    from prefect.client.orchestration import get_client
+
+    from flows.automations import PAUSES, automations, install
+
+    assert set(install().values()) == {"created"}
+    assert set(install().values()) == {"there already"}
+    [first, *_] = names = [wanted.name for wanted in automations()]
+    assert len(names) == 2 + len(PAUSES)
+    changed = automations()[0].model_copy(update={"enabled": False, "description": "of last year"})
+    with get_client(sync_client=True) as client:
+        [found] = client.read_automations_by_name(first)
+        client.update_automation(found.id, changed)
+        assert install()[first] == "updated"
+        assert install()[first] == "there already, switched off"
+        assert len(client.read_automations()) == len(names)
+
+
+def test_a_stage_resumed_on_another_commit_says_so_in_its_provenance(config, store, orders, monkeypatch):
+    from tasks import stage
+
+    planned = make_plan(config, store)[0]
+    monkeypatch.setattr(stage, "git_state", lambda: {"commit": "a" * 40, "dirty": False})
+    (orders / "data").write_text("save 7\nexit 3\n\n")
+    with pytest.raises(JobFailed):
+        stage.build_stage(store, config, planned)
+    monkeypatch.setattr(stage, "git_state", lambda: {"commit": "b" * 40, "dirty": True})
+    resumed = stage.build_stage(store, config, planned)
+    assert resumed.how == "resumed"
+    assert resumed.manifest.provenance["commits"] == {"1": "a" * 40, "3": "b" * 40 + "+"}
+    alone = stage.build_stage(store, config, planned, force="again")
+    assert "commits" not in alone.manifest.provenance
+
+
+def test_resume_goes_on_here_with_a_run_that_no_worker_knows(server, config, orders, monkeypatch):
+    from prefect.client.orchestration import get_client
+    from typer.testing import CliRunner
+
+    from flows.cli import app
+    from flows.rlhf import rlhf
+
+    def resume(*words: str):
+        return CliRunner().invoke(app, ["resume", *words], catch_exceptions=False)
+
+    monkeypatch.setenv("PREFECT_API_URL", server)
+    with pytest.raises(ConfigError, match="knows no run of this name"):
+        resume(config.name)
+    (orders / "reward").write_text("exit 3")
+    with pytest.raises(JobFailed):
+        rlhf(config)
+    with pytest.raises(ConfigError, match="'nonsense' is no stage"):
+        resume(config.name, "--from", "nonsense")
+    shown = resume(config.name).output
+    assert "Failed, 1 starts" in shown and "goes on here" in shown
+    assert shown.count("reuse ") == 2
+    failed, finished = run_states(config)
+    assert failed["reward"] == "Failed"
+    assert eventually(lambda: run_states(config)[1]["sft"] == "Cached") and finished["flow"] == "Completed"
+    with get_client(sync_client=True) as client:
+        assert all(run.deployment_id is None for run in client.read_flow_runs())
+
+
 # --- reporting -------------------------------------------------------------------------------------------------------
 
 

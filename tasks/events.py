@@ -6,7 +6,6 @@ the manifest in the store; Prefect keeps events for a week.
 """
 
 import logging
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from prefect.events import emit_event
@@ -48,7 +47,7 @@ def emit(
         log.warning("event %s could not be emitted: %s: %s", happened, type(error).__name__, error)
 
 
-def _flow_run() -> list[Mapping[str, str] | Any]:
+def _flow_run() -> list[dict[str, str]]:
     if not flow_run.id:
         return []
     return [{"prefect.resource.id": f"prefect.flow-run.{flow_run.id}", "prefect.resource.role": "flow-run"}]

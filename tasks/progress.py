@@ -47,9 +47,9 @@ class Progress:
 
     def __init__(self, store: Store, planned: StagePlan, resources: Resources, log: Logger) -> None:
         """`log`: the run logger of the task, which Prefect's UI shows."""
-        self.stage = stage = planned.stage
+        self.stage: StageName = planned.stage
         self._store, self._planned = store, planned
-        self._pace = Pace(stage, resources)
+        self._pace = Pace(self.stage, resources)
         self._rows = EventRows()
         self._finished: tuple[str, Manifest] | None = None
         self._log = log
@@ -61,7 +61,7 @@ class Progress:
         self._report_id: UUID | None = None
         self._due = {"artifact": 0.0, "log": 0.0, "line": 0.0, "report": self._began + REPORT_SECONDS}
         live = has_terminal() and sys.stderr.isatty()
-        self._bar = _Terminal(stage) if live else None
+        self._bar = _Terminal(self.stage) if live else None
         self._plain = has_terminal() and not live
         # The thread needs this task's context: it tells Prefect which run an artifact belongs to.
         context = contextvars.copy_context()

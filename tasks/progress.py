@@ -75,7 +75,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join(timeout=END_SECONDS if kind is None or issubclass(kind, Exception) else 1)
+        failed = kind is not None and issubclass(kind, Exception)  # else it is ended, and has little time
+        self._thread.join(timeout=END_SECONDS if kind is None else 5 if failed else 1)
         if self._bar:
             self._bar.close()
 

@@ -31,7 +31,10 @@ MOST_EVENTS = 2000  # rows that are kept of the job's events
 
 Row = Mapping[str, Any]
 # What a person looks at first; the others follow in the order of the report's pages while there is room.
-FIRST = ("loss", "score", "kl_sequence", "accuracy", "response_length", "eos_rate", "perplexity", "memory")
+FIRST = (
+    "loss", "score", "accuracy", "kl_sequence", "response_length", "eos_rate", "perplexity",
+    "entropy", "actor_loss", "critic_loss",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

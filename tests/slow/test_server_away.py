@@ -13,7 +13,7 @@ import urllib.request
 
 import pytest
 
-AWAY_SECONDS = 30.0
+AWAY_SECONDS = 20.0
 PROGRAM = """
 import json, sys, time
 from prefect import flow, get_run_logger, task
@@ -80,11 +80,12 @@ def test_a_stage_that_loses_the_server_neither_waits_nor_fails_and_its_report_is
         server.wait()
 
     config = {"name": "away", "store": f"file://{tmp_path}/store", "model": {"family": "opt"},
-              "data": {"sources": [{"kind": "quickstart", "prompts": 50}], "tokenizer": {"train_vocab_size": 300}}}  # fmt: skip
+              "data": {"sources": [{"kind": "quickstart", "prompts": 50}], "tokenizer": {"train_vocab_size": 300},
+                       "max_prompt_tokens": 32, "max_response_tokens": 32}}  # fmt: skip
     server = serve()
     run = None
     try:
-        argv = [sys.executable, "-c", PROGRAM, str(AWAY_SECONDS + 30), json.dumps(config)]
+        argv = [sys.executable, "-c", PROGRAM, str(AWAY_SECONDS + 50), json.dumps(config)]
         run = subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert run.stdout is not None
         before = ""

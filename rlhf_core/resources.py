@@ -71,6 +71,9 @@ class Resources(Frozen):
         default=10, description="no sign of progress for so long: stacks, then kill"
     )
     timeout_hours: Annotated[float, Field(gt=0)] = Field(default=72, description="longest run of one attempt")
+    price_per_process_hour: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="what an hour of one process costs, in any currency: shown as the cost so far"
+    )
     retries: Annotated[int, Field(ge=0)] = Field(
         default=2, description="further attempts after a failure worth retrying"
     )

@@ -1,9 +1,10 @@
-"""Show how a stage's job goes: in the terminal, as a Prefect progress artifact, and as sparse lines of the run's log.
+"""Show how a stage's job goes: in the terminal, as Prefect artifacts (progress, report), and as sparse lines of the run's log.
 
-`on_event` only remembers the newest event, so the launcher that calls it never waits. One background thread a stage
-does the reporting: the artifact is updated in place at most every 5 s and the log gets a line at most every 15 s. The
-terminal is used only if the command line asked for it (RLHF_TERMINAL=1): a live bar where it is a TTY, else a plain
-line at most every 10 s. A reporting error is logged once and then ignored; it never ends or delays a stage.
+`on_event` only remembers what an event says, so the launcher that calls it never waits. One background thread a stage
+does the reporting: the progress artifact is updated in place at most every 5 s, the stage's report (`stage_report`) every
+minute and at the end, and the log gets a line at most every 15 s. The terminal is used only if the command line asked
+for it (RLHF_TERMINAL=1): a live bar where it is a TTY, else a plain line at most every 10 s. A reporting error is logged
+once and then ignored; what failed is sent again with the next update. It never ends or delays a stage.
 """
 
 import contextvars
@@ -16,10 +17,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.artifacts import Artifact, create_progress_artifact, update_progress_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
 
+from rlhf_core.artifacts import Manifest, retired_before
+from rlhf_core.plan import StagePlan
+from rlhf_core.resources import Resources
 from rlhf_core.specs import StageName
+from rlhf_core.store import Store
 from tasks.headline import latest
+from tasks.pace import Pace
+from tasks.stage_report import EventRows, finished_state, read_stored, stage_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -27,6 +36,8 @@ if TYPE_CHECKING:
 ARTIFACT_SECONDS = 5.0
 LOG_SECONDS = 15.0
 LINE_SECONDS = 10.0
+REPORT_SECONDS = 60.0
+END_SECONDS = 30.0  # for the last report of a stage; what a server does not take by then is given up
 
 Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
@@ -34,18 +45,23 @@ Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 class Progress:
     """Reports one stage while its job runs; a context manager."""
 
-    def __init__(self, stage: StageName, log: Logger) -> None:
+    def __init__(self, store: Store, planned: StagePlan, resources: Resources, log: Logger) -> None:
         """`log`: the run logger of the task, which Prefect's UI shows."""
-        self.stage = stage
+        self.stage: StageName = planned.stage
+        self._store, self._planned = store, planned
+        self._pace = Pace(self.stage, resources)
+        self._rows = EventRows()
+        self._finished: tuple[str, Manifest] | None = None
         self._log = log
         self._event: dict[str, Any] | None = None
         self._began = time.monotonic()
         self._stop = threading.Event()
         self._warned = False
         self._artifact: UUID | None = None
-        self._due = {"artifact": 0.0, "log": 0.0, "line": 0.0}
+        self._report_id: UUID | None = None
+        self._due = {"artifact": 0.0, "log": 0.0, "line": 0.0, "report": self._began + REPORT_SECONDS}
         live = has_terminal() and sys.stderr.isatty()
-        self._bar = _Terminal(stage) if live else None
+        self._bar = _Terminal(self.stage) if live else None
         self._plain = has_terminal() and not live
         # The thread needs this task's context: it tells Prefect which run an artifact belongs to.
         context = contextvars.copy_context()
@@ -59,19 +75,26 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join(timeout=5 if kind is None else 1)
+        failed = kind is not None and issubclass(kind, Exception)  # else it is ended, and has little time
+        self._thread.join(timeout=END_SECONDS if kind is None else 5 if failed else 1)
         if self._bar:
             self._bar.close()
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Take an event of the job: {"step", "total", "unit", "phase", "metrics"}."""
         self._event = event
+        self._pace.add(event)
+        self._rows.add(event)
+
+    def finished(self, how: str, manifest: Manifest) -> None:
+        """Have the last report say how the stage ended."""
+        self._finished = how, manifest
 
     def _report_until_stopped(self) -> None:
         while not self._stop.wait(0.25):
             self._report()
         if self._event is not None:
-            self._due.update(artifact=0.0)
+            self._due.update(artifact=0.0, report=0.0)
             self._report()
 
     def _report(self) -> None:
@@ -87,6 +110,8 @@ class Progress:
                 self._log.info(describe_event(event, self._elapsed()))
             if self._is_due("artifact", ARTIFACT_SECONDS):
                 self._update_artifact(event)
+            if self._is_due("report", REPORT_SECONDS):
+                self._update_report(event)
         except Exception as error:
             if not self._warned:
                 self._warned = True
@@ -105,12 +130,35 @@ class Progress:
         return time.monotonic() - self._began
 
     def _update_artifact(self, event: dict[str, Any]) -> None:
-        percent, text = 100 * share(event), describe_event(event, self._elapsed())
+        done = self._finished is not None
+        percent = 100.0 if done else 100 * self._pace.share
+        text = "  ".join(filter(None, [describe_event(event, self._elapsed()), self._pace.describe(ended=done)]))
         if self._artifact is None:
             created = create_progress_artifact(percent, key=f"rlhf-{self.stage}-progress", description=text, _sync=True)  # pyright: ignore
             self._artifact = created if isinstance(created, UUID) else None
         else:
             update_progress_artifact(self._artifact, progress=percent, description=text, _sync=True)  # pyright: ignore
+
+    def _update_report(self, event: dict[str, Any]) -> None:
+        store, ref = self._store, self._planned.ref
+        how, manifest = self._finished or ("", None)
+        stored = read_stored(store, ref, manifest, manifest.attempt if manifest else retired_before(store, ref))
+        now = f"{describe_event(event, self._elapsed())}  {self._pace.describe()}"
+        state = finished_state(self.stage, how, manifest) if manifest else now
+        attempts = f"{store.url}/{ref.id}/attempts"
+        log = f"{attempts}/{manifest.attempt:04d}/log.txt" if manifest else f"{attempts}/*/log.txt"
+        text = stage_text(self.stage, f"{store.url}/{ref.id}", state, self._rows.after(stored.rows), stored, log)
+        self._report_id = put_markdown(self._report_id, f"rlhf-{self.stage}-report", text, f"{self.stage}: {ref.id}")
+
+
+def put_markdown(known: UUID | None, key: str, text: str, description: str) -> UUID:
+    """Write a markdown artifact of the current run, in place if it is `known`; returns its id."""
+    if known is not None:
+        with get_client(sync_client=True) as client:
+            client.update_artifact(known, ArtifactUpdate(data=text, description=description))
+        return known
+    made = Artifact(type="markdown", key=key, description=description, data=text).create(_sync=True)  # pyright: ignore
+    return made.id  # pyright: ignore
 
 
 def has_terminal() -> bool:
@@ -122,12 +170,6 @@ def say(line: str) -> None:
     """One line for who sits at the terminal, if anyone does."""
     if has_terminal():
         print(line, file=sys.stderr, flush=True)
-
-
-def share(event: dict[str, Any]) -> float:
-    """How much of its phase a stage has done, 0 to 1."""
-    total = event.get("total") or 0
-    return min(1.0, max(0.0, event.get("step", 0) / total)) if total else 0.0
 
 
 def describe_event(event: dict[str, Any], elapsed: float | None = None) -> str:

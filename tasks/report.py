@@ -42,7 +42,7 @@ def report_row(store: Store, planned: StagePlan, manifest: Manifest) -> str:
     metrics = manifest.metrics
     cells = (
         planned.stage,
-        DONE[planned.action],
+        done(planned, manifest),
         f"`{planned.ref.fingerprint[:12]}`",
         duration(metrics.get("seconds")),
         speed(metrics),
@@ -50,3 +50,11 @@ def report_row(store: Store, planned: StagePlan, manifest: Manifest) -> str:
         f"`{store.url}/{planned.ref.id}`",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def done(planned: StagePlan, manifest: Manifest) -> str:
+    """How the run came by an artifact: "reused", "built", "resumed from step 40", the last also after a retry within the run."""
+    resumed = (manifest.provenance.get("job") or {}).get("resumed")
+    if planned.action == "reuse" or not resumed:
+        return DONE[planned.action]
+    return f"resumed from {resumed[-1]['from']}"

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.runtime import flow_run
+from prefect.runtime import flow_run, task_run
 from prefect.states import Completed
 
 from rlhf_core import checkpoints, local_parts, reward_code
@@ -41,8 +41,9 @@ from rlhf_core.sealed import unseal
 from rlhf_core.specs import StageName
 from rlhf_core.store import Store
 from tasks.commits import commit_text, other_commits
+from tasks.events import emit
 from tasks.headline import headline
-from tasks.progress import Progress, say
+from tasks.progress import Logger, Progress, say
 from tasks.waiting import Waiting
 
 if TYPE_CHECKING:
@@ -336,8 +337,16 @@ def run_stage(
         log.info(line)
         say(line)
 
-    with Progress(planned.stage, log) as progress:
-        stage = build_stage(store, config, planned, flow_run.id if force else None, progress.on_event, origin, tell)
+    emit("started", planned, log, attempt=task_run.run_count)
+    try:
+        with Progress(store, planned, config.resources.of(planned.stage), log) as progress:
+            stage = build_stage(store, config, planned, flow_run.id if force else None, progress.on_event, origin, tell)
+            progress.finished(stage.how, stage.manifest)
+    except BaseException as error:
+        preempted = isinstance(error, JobFailed) and (error.reason or "").startswith("preempted")
+        emit("preempted" if preempted else "failed", planned, log, error=str(error)[:500], attempt=task_run.run_count)
+        raise
+    _emit_end(planned, stage, log)
     summary = f"{stage.how} {store.url}/{planned.ref.id}"
     numbers = headline(planned.stage, stage.manifest.metrics)
     log.info("%s  %s", summary, numbers)
@@ -345,6 +354,15 @@ def run_stage(
     if stage.how == "reused":
         return Completed(name="Cached", data=planned.ref, message=summary)
     return planned.ref
+
+
+def _emit_end(planned: StagePlan, stage: Stage, log: Logger) -> None:
+    manifest = stage.manifest
+    resumed = (manifest.provenance.get("job") or {}).get("resumed")
+    facts = {"how": stage.how, "attempt": manifest.attempt, "metrics": manifest.metrics}
+    if stage.how == "resumed":
+        emit("resumed", planned, log, **facts, resumed=resumed)
+    emit("reused" if stage.how == "reused" else "completed", planned, log, **facts, resumed=resumed)
 
 
 def run_planned(

@@ -239,6 +239,48 @@ def test_the_graph_has_an_edge_from_each_input(server, config):
     }
 
 
+# --- what the UI shows ------------------------------------------------------------------------------------------------
+
+
+def test_each_stage_that_ran_has_one_progress_and_one_report_and_a_stage_that_resumed_tells_of_it(
+    server, config, store, orders
+):
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+
+    from flows.rlhf import rlhf
+
+    (orders / "sft").write_text("save 10")
+    ref = rlhf(config)["sft"]
+    ours = FlowRunFilter(name=FlowRunFilterName(any_=[config.name]))
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(flow_run_filter=ours)
+        keys = [str(artifact.key) for artifact in found]
+        progress = next(a for a in found if a.key == "rlhf-sft-progress")
+        text = str(next(a for a in found if a.key == "rlhf-sft-report").data)
+        pipeline = str(next(a for a in found if a.key == "rlhf-report").data)
+
+        def events():
+            wanted = {"event": {"prefix": ["rlhf.stage."]}, "any_resource": {"id": [f"prefect.flow-run.{run.id}"]}}
+            told = client._client.post("/events/filter", json={"filter": wanted, "limit": 50}).json()["events"]  # pyright: ignore
+            of_sft = [event for event in told if event["payload"]["stage"] == "sft"]
+            return of_sft if len(told) >= 2 * len(STAGES) + 1 else None
+
+        run = client.read_flow_runs(flow_run_filter=ours)[0]
+        told = {event["event"]: event["payload"] for event in eventually(events)}
+    assert sorted(keys) == sorted(
+        [f"rlhf-{s}-{what}" for s in STAGES for what in ("progress", "report")] + ["rlhf-report"]
+    )
+    assert progress.data == 100
+    assert "process-hours" in str(progress.description)
+    assert f"{store.url}/{ref.id}/attempts/0002/log.txt" in text and "**resumed**" in text
+    assert "| sft | resumed from step 10 |" in pipeline
+    assert list(sorted(told)) == ["rlhf.stage.completed", "rlhf.stage.resumed", "rlhf.stage.started"]
+    assert told["rlhf.stage.completed"]["artifact"] == ref.id
+    assert told["rlhf.stage.completed"]["metrics"]["eval_loss"] == 1.5
+    assert told["rlhf.stage.resumed"]["resumed"] == [{"attempt": 1, "from": "step 10"}]
+
+
 # --- failures --------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ Models that do not take their attention from transformers' interface, and weight
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -47,7 +47,15 @@ def _can_be_packed(layer: nn.Module) -> bool:
     if type(layer) not in (nn.Linear, Conv1D):
         return False
     weight: Any = layer.weight
-    return weight.dtype in (torch.float32, torch.bfloat16) and weight.numel() > 0 and not hasattr(weight, "ds_id")
+    return weight.numel() > 0 and not hasattr(weight, "ds_id") and _has_kernels(weight.dtype)
+
+
+@cache
+def _has_kernels(dtype: torch.dtype) -> bool:
+    """Whether torch was built with oneDNN, and this processor has what oneDNN needs for the type."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _replace_forward(layer: Any, undo: ExitStack) -> None:

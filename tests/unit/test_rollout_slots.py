@@ -6,8 +6,9 @@ import torch
 from test_rollout import FAMILIES, tiny
 from transformers import AutoModelForCausalLM, GPTNeoConfig
 
-from rlhf_core.rollout import Sampling, cache, generate
+from rlhf_core.rollout import Sampling, cache, cpu, generate
 from rlhf_core.rollout.slots import Waiting, group_of, queue_of
+from rlhf_core.scoring import response_scores
 
 PROMPTS = [[5, 6, 7], [9], [8, 7, 6, 5, 4, 3, 10], [11, 12], [5, 6, 7], [30, 2, 30], [9], [13] * 12, [5, 6, 7]]
 
@@ -102,6 +103,28 @@ def test_the_same_call_gives_the_same_bits_and_every_pass_is_told_before_it_is_m
     )
     assert told == list(range(len(passes)))
     assert done[-1] == 9 and sorted(set(done)) == [d for i, d in enumerate(done) if d not in done[:i]]
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "gemma3"])
+def test_a_bf16_model_is_as_it_was_after_a_rollout_and_samples_as_near_to_fp32_as_the_plain_loop(
+    family, kernels, monkeypatch
+):
+    monkeypatch.setattr(cpu, "_has_kernels", lambda _: kernels)
+    exact, model = tiny(family), tiny(family).bfloat16()
+    before, config = {k: v.clone() for k, v in model.state_dict().items()}, model.config.to_dict()
+    options = {"seed": 7, "eos": 39, "pad": 0, "batch_size": 4}
+    fast = generate(model, PROMPTS, range(9), Sampling(6), **options)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model.config.to_dict() == config and model.config._attn_implementation == exact.config._attn_implementation
+    assert not [layer for layer in model.modules() if "forward" in vars(layer)]
+    plain = generate(model, PROMPTS, range(9), Sampling(6), engine="plain", **options)
+
+    def error(made) -> float:
+        again = response_scores(exact, made.prompt_ids, made.prompt_mask, made.response_ids, made.response_mask)
+        return float((again.logprobs - made.logprobs).abs().mean())
+
+    assert error(fast) < 1.5 * error(plain) + 1e-3
 
 
 def test_answers_to_one_prompt_share_its_pass():

@@ -28,6 +28,7 @@ from rlhf_core.models import check_positions
 from rlhf_core.ppo_args import PPOArgs, ppo_args
 from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine
 from rlhf_core.rollout import Sampling, generate
+from rlhf_core.rollout_metrics import rollout_metrics
 from rlhf_core.scoring import label_nats, response_scores
 
 PretrainingRows = Callable[[int], Sequence[Row]]
@@ -118,7 +119,7 @@ class DeepSpeedPPOTrainer:
 
     def measure(self, experience: Experience) -> None:
         """The last part of `generate_experience`: `metrics` of the rollout just scored, over all ranks."""
-        self.metrics = self._rollout_metrics(experience)
+        self.metrics = {**rollout_metrics(experience, self.scorer.parts), "kl_coef": self.kl_coef}
 
     def record(self) -> dict[str, Any]:
         """All that the trainer's further steps depend on beside the engines, as JSON; for a checkpoint."""
@@ -160,40 +161,6 @@ class DeepSpeedPPOTrainer:
         if self.engine.retokenizer is None and self.engine.value_config is not None:
             check_positions(self.engine.value_config, longest, answer, "the reward model")
         return rows
-
-    def _rollout_metrics(self, e: Experience) -> dict[str, float]:
-        """Masked statistics of this rollout over all ranks."""
-        mask = e.response_mask
-        kl = pm.select(e.logprobs - e.ref_logprobs, mask)
-        sums = [
-            len(e),
-            mask.sum(),
-            kl.sum(),
-            pm.select(e.entropy, mask).sum(),
-            e.scores.sum(),
-            e.scores.double().square().sum(),
-            e.ended.sum(),
-            (mask.sum(1) ** 2).sum(),
-            e.prompt_mask.sum(),
-        ]
-        totals = sum_over_ranks([*(float(v) for v in sums), *self.scorer.parts.values()])
-        rows, tokens, kl_sum, entropy, score, score2, ended, squares, prompt = totals[:9]
-        mean, length = score / rows, tokens / rows
-        parts = dict(zip(self.scorer.parts, totals[9:], strict=True))
-        return {
-            **{name: total / rows for name, total in parts.items() if len(parts) > 1 or not name.startswith("score_")},
-            "score": mean,
-            "score_std": max(score2 / rows - mean**2, 0.0) ** 0.5,
-            "kl_sequence": kl_sum / rows,
-            "kl_token": kl_sum / tokens,
-            "entropy": entropy / tokens,
-            "response_length": length,
-            "response_length_std": max(squares / rows - length**2, 0.0) ** 0.5,
-            "eos_rate": ended / rows,
-            "kl_coef": self.kl_coef,
-            "rollout_tokens": tokens,
-            "prompt_tokens": prompt,
-        }
 
     def train_rlhf(self, experience: Experience, ptx: PretrainingRows | None = None) -> tuple[float, float]:
         """All updates on one rollout: `ppo_epochs` passes of `minibatches` optimizer steps of actor and critic.

@@ -8,6 +8,7 @@ import torch
 
 from rlhf_core.rollout.answers import Rollout
 from rlhf_core.rollout.plain import generate_plain
+from rlhf_core.rollout.request import Request
 from rlhf_core.rollout.sampling import Sampling
 from rlhf_core.rollout.slots import generate_slots
 
@@ -47,8 +48,5 @@ def generate(
         engine: changes nothing but rounding.
     """
     names = np.asarray(sample_ids, dtype=np.int64)
-    engines = {"slots": generate_slots, "plain": generate_plain}
-    return engines[engine](
-        model, prompts, names, sampling, seed=seed, eos=eos, pad=pad, batch_size=batch_size,
-        lock_step=lock_step, on_batch=on_batch, on_token=on_token,
-    )  # fmt: skip
+    asked = Request(prompts, names, sampling, seed, eos, pad, batch_size, lock_step, on_batch, on_token)
+    return generate_plain(model, asked) if engine == "plain" else generate_slots(model, asked)

@@ -3,7 +3,6 @@
 The reference that `slots` is compared with, and an engine to choose where that should not be right for a model.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,69 +13,47 @@ from transformers import DynamicCache
 from rlhf_core.distributed import any_rank
 from rlhf_core.models import _accepts
 from rlhf_core.rollout.answers import Rollout, join, left_pad, select
-from rlhf_core.rollout.sampling import Sampling, pack_bits, sample_token, uniform
+from rlhf_core.rollout.request import Request
+from rlhf_core.rollout.sampling import pack_bits, sample_token, uniform
 
 
-def generate_plain(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    names: np.ndarray,
-    sampling: Sampling,
-    *,
-    seed: int,
-    eos: int,
-    pad: int,
-    batch_size: int,
-    lock_step: bool,
-    on_batch: Callable[[int], None] | None,
-    on_token: Callable[[], None] | None,
-) -> Rollout:
-    """As `engines.generate`; batches of prompts of similar length, each until all its answers have ended."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+def generate_plain(model: Any, asked: Request) -> Rollout:
+    """Batches of prompts of similar length, each until all its answers have ended."""
+    order = sorted(range(len(asked.prompts)), key=lambda i: len(asked.prompts[i]))
     parts: list[Rollout] = []
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        asked = [prompts[i] for i in rows]
-        parts.append(_generate_batch(model, asked, names[rows], sampling, seed, eos, pad, lock_step, on_token))
-        if on_batch:
-            on_batch(start + len(rows))
-    return select(join(parts, pad), torch.tensor(np.argsort(order)))
+    for start in range(0, len(order), asked.batch_size):
+        rows = order[start : start + asked.batch_size]
+        parts.append(_generate_batch(model, asked, rows))
+        if asked.on_batch:
+            asked.on_batch(start + len(rows))
+    return select(join(parts, asked.pad), torch.tensor(np.argsort(order)))
 
 
-def _generate_batch(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    names: np.ndarray,
-    sampling: Sampling,
-    seed: int,
-    eos: int,
-    pad: int,
-    lock_step: bool,
-    on_token: Callable[[], None] | None,
-) -> Rollout:
+def _generate_batch(model: Any, asked: Request, rows: list[int]) -> Rollout:
+    names, sampling = asked.names[rows], asked.sampling
     device = next(model.parameters()).device
-    ids, mask = left_pad(prompts, pad, device)
+    ids, mask = left_pad([asked.prompts[i] for i in rows], asked.pad, device)
     with_positions = _accepts(type(model), "position_ids")
     head_last = {"logits_to_keep": 1} if _accepts(type(model), "logits_to_keep") else {}
     cache = DynamicCache(config=model.config)
     step_ids, seen = ids, mask
-    alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    alive = torch.ones(len(rows), dtype=torch.bool, device=device)
     columns: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]] = []
     for position in range(sampling.max_new_tokens):
-        if on_token:
-            on_token()
+        if asked.on_token:
+            asked.on_token()
         inputs: dict[str, Any] = {"input_ids": step_ids, "attention_mask": seen, **head_last}
         if with_positions:
             inputs["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)[:, -step_ids.shape[1] :]
         logits = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
-        drawn = sample_token(logits, sampling, uniform(seed, names, position))
-        token = torch.where(alive, drawn.token, pad)
+        drawn = sample_token(logits, sampling, uniform(asked.seed, names, position))
+        token = torch.where(alive, drawn.token, asked.pad)
         packed = None if drawn.keep is None else pack_bits(drawn.keep)
         columns.append((token, alive, drawn.logprob.where(alive, 0.0), drawn.entropy.where(alive, 0.0), packed))
         step_ids, seen = token.unsqueeze(1), torch.cat([seen, alive.long().unsqueeze(1)], 1)
-        alive = alive & (token != eos)
+        alive = alive & (token != asked.eos)
         more = bool(alive.any())
-        if not (any_rank(more) if lock_step else more):
+        if not (any_rank(more) if asked.lock_step else more):
             break
     token, kept, logprob, entropy, packed = zip(*columns, strict=True)
     support = None if packed[0] is None else torch.stack([p for p in packed if p is not None], 1)

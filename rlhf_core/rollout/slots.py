@@ -6,7 +6,7 @@ the order of passes depends on nothing but lengths, so that the same call gives 
 makes as many passes as the busiest.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from rlhf_core.models import _accepts
 from rlhf_core.rollout.answers import Rollout, left_pad
 from rlhf_core.rollout.cache import SlotCache
 from rlhf_core.rollout.cpu import fast_steps
+from rlhf_core.rollout.request import Request
 from rlhf_core.rollout.sampling import Sampling, pack_bits, sample_token, uniform
 
 EFFICIENT_TOKENS = 512  # a pass of so many is as cheap a token as a larger one
@@ -107,27 +108,18 @@ class Answers:
 class Slots:
     """One rollout under way on this rank."""
 
-    def __init__(
-        self,
-        model: Any,
-        prompts: Sequence[Sequence[int]],
-        names: np.ndarray,
-        sampling: Sampling,
-        seed: int,
-        eos: int,
-        pad: int,
-        slots: int,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self.model, self.names, self.seed, self.pad = model, names, seed, pad
+    def __init__(self, model: Any, asked: Request, dtype: torch.dtype | None = None) -> None:
+        """`dtype`: of keys and values; default the model's."""
+        self.model, self.names, self.seed, self.pad = model, asked.names, asked.seed, asked.pad
         self.device = next(model.parameters()).device
-        self.queue = queue_of(prompts, slots)
-        self.answers = Answers(len(prompts), sampling, eos, pad, self.device)
+        count = len(asked.prompts)
+        self.queue = queue_of(asked.prompts, asked.batch_size)
+        self.answers = Answers(count, asked.sampling, asked.eos, asked.pad, self.device)
         self.running = np.zeros(0, dtype=np.int64)  # number of the answer of each row
         self.tokens = torch.zeros(0, dtype=torch.long, device=self.device)  # the last of each row
-        longest = len(self.queue[0].prompt) + sampling.max_new_tokens
+        longest = len(self.queue[0].prompt) + asked.sampling.max_new_tokens
         layers = model.config.get_text_config().num_hidden_layers
-        self.slots = SlotCache(min(slots, len(prompts)), longest, layers, self.device, dtype)
+        self.slots = SlotCache(min(asked.batch_size, count), longest, layers, self.device, dtype)
         self._with_positions = _accepts(type(model), "position_ids")
         self._head_last = {"logits_to_keep": 1} if _accepts(type(model), "logits_to_keep") else {}
 
@@ -192,27 +184,14 @@ class Slots:
         return self.model(**inputs, past_key_values=cache, use_cache=cache is not None).logits[:, -1]
 
 
-def generate_slots(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    names: np.ndarray,
-    sampling: Sampling,
-    *,
-    seed: int,
-    eos: int,
-    pad: int,
-    batch_size: int,
-    lock_step: bool,
-    on_batch: Callable[[int], None] | None,
-    on_token: Callable[[], None] | None,
-) -> Rollout:
-    """As `engines.generate`; `batch_size` rows run at most."""
+def generate_slots(model: Any, asked: Request) -> Rollout:
+    """`asked.batch_size` rows run at most."""
     with fast_steps(model) as dtype:
-        rollout, done = Slots(model, prompts, names, sampling, seed, eos, pad, batch_size, dtype), 0
-        while any_rank(rollout.busy) if lock_step else rollout.busy:
-            if on_token:
-                on_token()
+        rollout, done = Slots(model, asked, dtype), 0
+        while any_rank(rollout.busy) if asked.lock_step else rollout.busy:
+            if asked.on_token:
+                asked.on_token()
             rollout.work() if rollout.busy else rollout.idle()
-            if on_batch and rollout.answers.done > done:
-                on_batch(done := rollout.answers.done)
-    return rollout.answers.rollout(*left_pad(prompts, pad, rollout.device))
+            if asked.on_batch and rollout.answers.done > done:
+                asked.on_batch(done := rollout.answers.done)
+    return rollout.answers.rollout(*left_pad(asked.prompts, asked.pad, rollout.device))

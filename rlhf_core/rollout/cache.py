@@ -57,7 +57,8 @@ class SlotCache:
         assert self.rows <= self.slots and max(lengths) <= self.end
         index = torch.tensor(source, device=self.mask.device)
         for layer, entering in zip(self.layers, prompts.layers, strict=True):
-            keys, values = _states(entering)
+            keys, values = entering.keys, entering.values
+            assert keys is not None and values is not None
             width = keys.shape[2]
             layer.make(keys, values)
             span = slice(self.end - width, self.end)
@@ -146,7 +147,3 @@ class _Layer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """No limit that a model need know of."""
         return -1
-
-
-def _states(layer: Any) -> tuple[Tensor, Tensor]:
-    return layer.keys, layer.values

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from rlhf_core.distributed import any_rank
-from rlhf_core.models import _accepts
 from rlhf_core.rollout.answers import Rollout, join, left_pad, select
 from rlhf_core.rollout.request import Request
 from rlhf_core.rollout.sampling import pack_bits, sample_token, uniform
+from rlhf_core.rollout.step import last_logits
 
 
 def generate_plain(model: Any, asked: Request) -> Rollout:
@@ -33,8 +33,6 @@ def _generate_batch(model: Any, asked: Request, rows: list[int]) -> Rollout:
     names, sampling = asked.names[rows], asked.sampling
     device = next(model.parameters()).device
     ids, mask = left_pad([asked.prompts[i] for i in rows], asked.pad, device)
-    with_positions = _accepts(type(model), "position_ids")
-    head_last = {"logits_to_keep": 1} if _accepts(type(model), "logits_to_keep") else {}
     cache = DynamicCache(config=model.config)
     step_ids, seen = ids, mask
     alive = torch.ones(len(rows), dtype=torch.bool, device=device)
@@ -42,10 +40,7 @@ def _generate_batch(model: Any, asked: Request, rows: list[int]) -> Rollout:
     for position in range(sampling.max_new_tokens):
         if asked.on_token:
             asked.on_token()
-        inputs: dict[str, Any] = {"input_ids": step_ids, "attention_mask": seen, **head_last}
-        if with_positions:
-            inputs["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)[:, -step_ids.shape[1] :]
-        logits = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = last_logits(model, step_ids, seen, cache)
         drawn = sample_token(logits, sampling, uniform(asked.seed, names, position))
         token = torch.where(alive, drawn.token, asked.pad)
         packed = None if drawn.keep is None else pack_bits(drawn.keep)

@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from rlhf_core.distributed import any_rank
-from rlhf_core.models import _accepts
 from rlhf_core.rollout.answers import Rollout, left_pad
 from rlhf_core.rollout.cache import SlotCache
 from rlhf_core.rollout.cpu import fast_steps
 from rlhf_core.rollout.request import Request
 from rlhf_core.rollout.sampling import Sampling, pack_bits, sample_token, uniform
+from rlhf_core.rollout.step import last_logits
 
 EFFICIENT_TOKENS = 512  # a pass of so many is as cheap a token as a larger one
 PADDING = 1.1  # tokens computed for each real one, up to which prompts enter together
@@ -79,8 +79,8 @@ class Answers:
         self.logprobs, self.entropy = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
         self.support: Tensor | None = None
 
-    def draw(self, numbers: np.ndarray, logits: Tensor, noise: np.ndarray) -> np.ndarray:
-        """Add a token to each of the answers `numbers`; which of them have ended with it, `[answers]` bool."""
+    def draw(self, numbers: np.ndarray, logits: Tensor, noise: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """Add a token to each of the answers `numbers`; the tokens, and which have ended with them, `[numbers]` each."""
         drawn = sample_token(logits, self.sampling, noise)
         at = torch.from_numpy(numbers).to(logits.device), torch.from_numpy(self.lengths[numbers]).to(logits.device)
         self.ids[at], self.logprobs[at], self.entropy[at] = drawn.token, drawn.logprob, drawn.entropy
@@ -92,7 +92,7 @@ class Answers:
         self.lengths[numbers] += 1
         ended = (drawn.token == self.eos).cpu().numpy() | (self.lengths[numbers] == self.ids.shape[1])
         self.done += int(ended.sum())
-        return ended
+        return drawn.token, ended
 
     def rollout(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Rollout:
         """All of them, as wide as the longest."""
@@ -120,8 +120,6 @@ class Slots:
         longest = len(self.queue[0].prompt) + asked.sampling.max_new_tokens
         layers = model.config.get_text_config().num_hidden_layers
         self.slots = SlotCache(min(asked.batch_size, count), longest, layers, self.device, dtype)
-        self._with_positions = _accepts(type(model), "position_ids")
-        self._head_last = {"logits_to_keep": 1} if _accepts(type(model), "logits_to_keep") else {}
 
     @property
     def busy(self) -> bool:
@@ -139,13 +137,13 @@ class Slots:
     def idle(self) -> None:
         """One forward pass that means nothing, as others make one."""
         one = torch.full((1, 1), self.pad, dtype=torch.long, device=self.device)
-        self._logits(one, torch.ones_like(one), None)
+        last_logits(self.model, one, torch.ones_like(one), None)
 
     def _enter(self, count: int) -> None:
         group, self.queue = self.queue[:count], self.queue[count:]
         ids, mask = left_pad([entry.prompt for entry in group], self.pad, self.device)
         prompts = DynamicCache()
-        logits = self._logits(ids, mask, prompts)
+        logits = last_logits(self.model, ids, mask, prompts)
         source = [row for row, entry in enumerate(group) for _ in entry.answers]
         lengths = [len(group[row].prompt) for row in source]
         numbers = np.array([number for entry in group for number in entry.answers], dtype=np.int64)
@@ -158,7 +156,7 @@ class Slots:
 
     def _step(self) -> None:
         mask = self.slots.step_mask()
-        logits = self._logits(self.tokens.unsqueeze(1), mask, self.slots.cache)
+        logits = last_logits(self.model, self.tokens.unsqueeze(1), mask, self.slots.cache)
         self.slots.advance(len(self.queue[0].prompt) if self.queue else 0)
         self.tokens = self.tokens[:0]
         self._draw(0, logits)
@@ -167,21 +165,13 @@ class Slots:
         """Give the rows from `first` on their next token; those that end with it leave."""
         numbers = self.running[first:]
         noise = uniform(self.seed, self.names[numbers], self.answers.lengths[numbers])
-        ended = np.flatnonzero(self.answers.draw(numbers, logits, noise)) + first
-        last = torch.from_numpy(self.answers.lengths[numbers] - 1).to(self.device)
-        drawn = self.answers.ids[torch.from_numpy(numbers).to(self.device), last]
+        drawn, over = self.answers.draw(numbers, logits, noise)
         self.tokens = torch.cat([self.tokens, drawn])
+        ended = np.flatnonzero(over) + first
         if len(ended):
             order = self.slots.leave(ended.tolist())
             self.running = self.running[order]
             self.tokens = self.tokens[torch.tensor(order, dtype=torch.long, device=self.device)]
-
-    def _logits(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        """`[rows, vocabulary]` at the last position of each row; `mask` is 1 on the tokens before and in `ids`."""
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **self._head_last}
-        if self._with_positions:
-            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        return self.model(**inputs, past_key_values=cache, use_cache=cache is not None).logits[:, -1]
 
 
 def generate_slots(model: Any, asked: Request) -> Rollout:

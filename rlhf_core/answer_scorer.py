@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core import ppo_math as pm
-from rlhf_core.batches import cut, right_pad, right_padded
+from rlhf_core.batches import cut, longest_first, right_pad, right_padded
 from rlhf_core.distributed import gather
 from rlhf_core.experience import Experience, concatenate
 from rlhf_core.models import positions_of
@@ -84,7 +84,7 @@ class AnswerScorer:
 
     def _deal(self, lengths: list[int]) -> list[list[int]]:
         """Micro-batches of this rank's rows, longest first; as many on every rank, as a pass may be collective."""
-        order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+        order = longest_first(lengths)
         tokens = self.resources.micro_tokens
         widths = [lengths[i] for i in order]
         if tokens is not None:

@@ -106,7 +106,7 @@ def deal(lengths: Sequence[int], rank: int, world: int, micro_batch: int, tokens
         micro_batch: most rows of a micro-batch.
         tokens: most tokens of one that has several rows, padding included.
     """
-    order = _longest_first(lengths)
+    order = longest_first(lengths)
     widths = [lengths[i] for i in order[::world]]  # no rank's rows are longer
     return cut(order[rank::world], widths, micro_batch, tokens)
 
@@ -126,7 +126,7 @@ def cut(rows: Sequence[int], widths: Sequence[int], micro_batch: int, tokens: in
 
 def deal_packed(lengths: Sequence[int], rank: int, world: int, micro_batch: int, tokens: int) -> list[list[list[int]]]:
     """This rank's micro-batches of up to `micro_batch` packed rows, each a list of indices into `lengths`."""
-    order = _longest_first(lengths)
+    order = longest_first(lengths)
     packed = [pack(lengths, order[r::world], tokens) for r in range(world)]
     count = max(len(rows) for rows in packed)
     return [packed[rank][i : i + micro_batch] for i in range(0, count, micro_batch)]
@@ -162,7 +162,8 @@ def pack(lengths: Sequence[int], order: Sequence[int], tokens: int) -> list[list
     return packed
 
 
-def _longest_first(lengths: Sequence[int]) -> list[int]:
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """Numbers of the rows, longest first."""
     return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
 

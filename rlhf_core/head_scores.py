@@ -22,8 +22,7 @@ class Wanted:
     """What is asked of a forward pass.
 
     Attributes:
-        places: `[batch, tokens]` bool, the positions whose next token counts; the last ones of each row, if the model is
-            asked for fewer logits than tokens.
+        places: `[batch, tokens]` bool, the positions whose next token counts.
         targets: `[counted]`, those next tokens, row by row.
         vocabulary: number of the first tokens that there are.
         temperature: divides the logits.
@@ -57,8 +56,7 @@ def scoring_head(model: Any, wanted: Wanted) -> Iterator[None]:
     head = model.get_output_embeddings()
 
     def forward(hidden: Tensor) -> Tensor:
-        chosen = hidden[wanted.places[:, -hidden.shape[1] :]]
-        return _HeadScores.apply(chosen, head.weight, head.bias, head, wanted)  # pyright: ignore
+        return _HeadScores.apply(hidden[wanted.places], head.weight, head.bias, head, wanted)  # pyright: ignore
 
     before = vars(head).get("forward")
     head.forward = forward

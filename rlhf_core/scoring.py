@@ -110,7 +110,7 @@ def response_scores(
     size = vocabulary or shape_of(model.get_output_embeddings().weight)[0]
     keep = None if support is None else unpack_bits(support[real], size)
     logprobs, entropies = sequence_scores(
-        engine, forward_inputs(model, ids, mask), answers, temperature, keep, entropy, vocabulary
+        engine, forward_inputs(model, ids, mask), answers, temperature, keep, entropy, size
     )
     return TokenScores(_spread(logprobs, real), _spread(entropies, real))
 

@@ -158,7 +158,7 @@ def run_trl(folder: Path, case: str, precision: str, iterations: int) -> dict[st
     )
     data = Dataset.from_dict({"input_ids": prompts(case, iterations)})
     clock, facts = Clock(), []
-    generate, score = ppo_trainer.batch_generation, ppo_trainer.get_reward
+    generate = ppo_trainer.batch_generation
 
     def timed_generation(*arguments: Any, **options: Any) -> Any:
         clock.start()
@@ -166,18 +166,12 @@ def run_trl(folder: Path, case: str, precision: str, iterations: int) -> dict[st
         clock.phase("generate")
         return made
 
-    def noted_reward(*arguments: Any, **options: Any) -> Any:
-        made = score(*arguments, **options)
-        seen.append(made[1])
-        return made
-
-    seen: list[Any] = []
-    ppo_trainer.batch_generation, ppo_trainer.get_reward = timed_generation, noted_reward
+    ppo_trainer.batch_generation = timed_generation
     trainer = ppo_trainer.PPOTrainer(
         args=args, processing_class=words, model=actor, ref_model=reference, value_model=value, reward_model=reward,
         train_dataset=data, eval_dataset=data,
     )  # fmt: skip
-    backward, step, log = trainer.accelerator.backward, trainer.callback_handler.on_step_end, trainer.log
+    step, log = trainer.callback_handler.on_step_end, trainer.log
     forward = ppo_trainer.forward
     state = {"training": False}
 
@@ -189,7 +183,7 @@ def run_trl(folder: Path, case: str, precision: str, iterations: int) -> dict[st
 
     def noted(metrics: dict[str, float], *rest: Any) -> None:
         facts.append({"score": metrics.get("objective/scores"), "entropy": metrics.get("policy/entropy_avg"),
-                      "length": metrics.get("val/num_eos_tokens")})  # fmt: skip
+                      "eos": metrics.get("val/num_eos_tokens")})  # fmt: skip
         log(metrics, *rest)
 
     def ended(*arguments: Any, **options: Any) -> Any:
@@ -199,7 +193,6 @@ def run_trl(folder: Path, case: str, precision: str, iterations: int) -> dict[st
         return step(*arguments, **options)
 
     ppo_trainer.forward, trainer.log, trainer.callback_handler.on_step_end = first_forward, noted, ended
-    trainer.accelerator.backward = backward
     trainer.train()
     return {"iterations": clock.rows, "facts": facts}
 

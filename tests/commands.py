@@ -1,6 +1,10 @@
 """The command line run in this process, for tests."""
 
 import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from flows import cli
 
@@ -17,3 +21,22 @@ def rlhf(capfd, *words: object) -> tuple[int, str, str]:
         sys.argv = before
     said = capfd.readouterr()
     return code, said.out, said.err
+
+
+def small_pipeline(folder: Path, **more: Any) -> Path:
+    """A configuration file of a small pipeline with a store of its own beside it; `more`: fields besides."""
+    content = {
+        "name": "small",
+        "store": f"file://{folder}/store",
+        "model": {"family": "opt"},
+        "data": {
+            "sources": [{"kind": "quickstart", "prompts": 50}],
+            "tokenizer": {"train_vocab_size": 300},
+            "max_prompt_tokens": 32,
+            "max_response_tokens": 32,
+        },
+        **more,
+    }
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
-from commands import rlhf
+from commands import rlhf, small_pipeline
 from hosts import CONTROL, ROOT, Hosts
 from s3 import SECRET_KEY, S3Server
 
@@ -308,21 +307,8 @@ def test_an_ssh_command_that_is_not_there_is_told_before_anything_is_started(sta
 @pytest.fixture
 def config(hosts: Hosts, hosts_s3: S3Server, tmp_path) -> Path:
     """A pipeline on two hosts; its store is on the S3 server."""
-    content = {
-        "name": "small",
-        "store": "s3://rlhf/doctor",
-        "model": {"family": "opt"},
-        "data": {
-            "sources": [{"kind": "quickstart", "prompts": 50}],
-            "tokenizer": {"train_vocab_size": 300},
-            "max_prompt_tokens": 32,
-            "max_response_tokens": 32,
-        },
-        "resources": {"launcher": "hostfile", "cluster": {"hosts": ["node1", "node2"], "ssh": list(hosts.ssh)}},
-    }
-    path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    resources = {"launcher": "hostfile", "cluster": {"hosts": ["node1", "node2"], "ssh": list(hosts.ssh)}}
+    return small_pipeline(tmp_path, store="s3://rlhf/doctor", resources=resources)
 
 
 def look(capfd, config: Path, hosts: str | None, *words: str) -> tuple[int, str, list[str]]:

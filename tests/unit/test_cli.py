@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from commands import rlhf
+from commands import rlhf, small_pipeline
 
 from flows import cli
 from rlhf_core.artifacts import Manifest, describe, publish
@@ -33,20 +32,7 @@ def file(tmp_path, monkeypatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
     monkeypatch.chdir(tmp_path)
-    content = {
-        "name": "small",
-        "store": f"file://{tmp_path}/store",
-        "model": {"family": "opt"},
-        "data": {
-            "sources": [{"kind": "quickstart", "prompts": 50}],
-            "tokenizer": {"train_vocab_size": 300},
-            "max_prompt_tokens": 32,
-            "max_response_tokens": 32,
-        },
-    }
-    path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    return small_pipeline(tmp_path)
 
 
 @pytest.fixture

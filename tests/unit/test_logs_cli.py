@@ -1,8 +1,7 @@
 """`rlhf logs`: lines of all ranks by time, one rank's, and first what an attempt failed of."""
 
 import pytest
-import yaml
-from commands import rlhf
+from commands import rlhf, small_pipeline
 
 from rlhf_core.config import load_config
 from rlhf_core.ends import Failure
@@ -13,19 +12,7 @@ from rlhf_core.store import Store
 
 @pytest.fixture
 def file(tmp_path):
-    content = {
-        "name": "small",
-        "store": f"file://{tmp_path}/store",
-        "model": {"family": "opt"},
-        "data": {
-            "sources": [{"kind": "quickstart", "prompts": 50}],
-            "tokenizer": {"train_vocab_size": 300},
-            "max_prompt_tokens": 32,
-            "max_response_tokens": 32,
-        },
-    }
-    path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path = small_pipeline(tmp_path)
     config = load_config(str(path))
     store, folder = Store(config.store), f"{stage_refs(config)['sft'].id}/attempts/0002"
     store.write(f"{folder}/job.json", b"{}")

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import stored
-import yaml
-from commands import rlhf
+from commands import rlhf, small_pipeline
 
 from flows import prefect_runs, status_cli
 from flows.show_status import status_lines
@@ -44,20 +43,7 @@ def _no_server(tmp_path, monkeypatch):
 @pytest.fixture
 def file(tmp_path) -> Path:
     """A small pipeline with a store of its own."""
-    content = {
-        "name": "small",
-        "store": f"file://{tmp_path}/store",
-        "model": {"family": "opt"},
-        "data": {
-            "sources": [{"kind": "quickstart", "prompts": 50}],
-            "tokenizer": {"train_vocab_size": 300},
-            "max_prompt_tokens": 32,
-            "max_response_tokens": 32,
-        },
-    }
-    path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    return small_pipeline(tmp_path)
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ class SlotCache:
         assert self.rows <= self.slots and max(lengths) <= self.end
         index = torch.tensor(source, device=self.mask.device)
         for layer, entering in zip(self.layers, prompts.layers, strict=True):
-            keys, values = entering.keys, entering.values
+            keys, values = entering.keys, entering.values  # pyright: ignore
             assert keys is not None and values is not None
             width = keys.shape[2]
             layer.make(keys, values)

@@ -744,7 +744,25 @@ def test_the_run_ends_with_a_report_that_names_every_artifact(server, config):
             sort=ArtifactSort.CREATED_DESC,
         )
     assert all(ref.id in str(reports[0].data) for ref in refs.values())
+    assert "![lineage](data:image/svg+xml;base64," in str(reports[0].data)
     assert "train step 1/2" in str(progress[0].description)
+
+
+def test_the_report_of_a_run_that_failed_says_what_is_done_what_failed_and_what_never_began(server, config, orders):
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+
+    from flows.rlhf import rlhf
+
+    (orders / "reward").write_text("exit 3")
+    with pytest.raises(JobFailed):
+        rlhf(config)
+    ours = FlowRunFilter(name=FlowRunFilterName(any_=[config.name]))
+    with get_client(sync_client=True) as client:
+        [text] = [str(a.data) for a in client.read_artifacts(flow_run_filter=ours) if a.key == "rlhf-report"]
+    states = dict(line.strip("| ").split(" | ")[:2] for line in text.splitlines() if line.startswith("| "))
+    assert states["sft"] == "built" and states["reward"].startswith("failed: reward was told to exit 3")
+    assert states["ppo"] == states["evaluate"] == "waiting"
 
 
 def test_a_reporting_error_is_one_warning_and_the_stage_goes_on(server, config, store, monkeypatch, caplog):

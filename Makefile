@@ -14,7 +14,7 @@ demo: $(VENV)/.installed ## set up and run the whole pipeline (CONFIG=… for an
 	@$(RLHF) run $(CONFIG)
 
 test: $(VENV)/.installed-dev ## set up and run the tests, two at a time
-	@$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 test-slow: $(VENV)/.installed-dev ## the tests that take minutes each
 	@$(BIN)/python -m pytest -m slow
@@ -23,7 +23,7 @@ faults: $(VENV)/.installed-dev ## kill and starve every stage at random moments:
 	@$(BIN)/python -m pytest tests/faults -m faults $(if $(FAULTS_REPORT),--faults-report $(FAULTS_REPORT))
 
 check: $(VENV)/.installed-dev ## lint, types, layers, tests
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/python -m pytest -n 2 --dist worksteal
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 install: $(VENV)/.installed ## the environment alone
 	@echo "ready: $(RLHF) --help"

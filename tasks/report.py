@@ -7,6 +7,7 @@ stage; what could not be sent is tried again with what has changed since.
 """
 
 import contextvars
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +27,8 @@ from tasks.headline import duration, headline, speed
 from tasks.progress import END_SECONDS, put_markdown
 
 DONE = {"reuse": "reused", "build": "built", "resume": "resumed"}
-COLUMNS = ("stage", "", "fingerprint", "time", "tokens/s", "headline", "artifact")
+COLUMNS = ("stage", "", "fingerprint", "time", "tokens/s", "headline")
+INTERVAL = re.compile(r" \[[^]]*\]")
 AGAIN_SECONDS = 5.0  # between tries to reach a server
 
 Run = Callable[..., ArtifactRef]
@@ -132,12 +134,16 @@ def report_text(
         manifests: of the stages that are done.
     """
     head = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
-    rows = "".join(f"\n{_row(config.store, plan[s], states[s], manifests.get(s))}" for s in plan)
+    rows = "".join(f"\n{_row(plan[s], states[s], manifests.get(s))}" for s in plan)
     nodes = [_node(plan[s], states[s], manifests.get(s)) for s in plan]
-    return f"# {config.name}\n\n{head}{rows}\n\n## Lineage\n\n{lineage_markdown(nodes)}"
+    places = "".join(f"- {s} `{config.store.rstrip('/')}/{plan[s].ref.id}`\n" for s in plan)
+    return (
+        f"# {config.name}\n\n{head}{rows}\n\n## Lineage\n\n{lineage_markdown(nodes)}\n"
+        f"## Where the artifacts lie\n\n{places}"
+    )
 
 
-def _row(store: str, planned: StagePlan, state: str, manifest: Manifest | None) -> str:
+def _row(planned: StagePlan, state: str, manifest: Manifest | None) -> str:
     metrics = manifest.metrics if manifest else {}
     cells = (
         planned.stage,
@@ -146,7 +152,6 @@ def _row(store: str, planned: StagePlan, state: str, manifest: Manifest | None) 
         duration(metrics.get("seconds")) if manifest else "",
         speed(metrics),
         headline(planned.stage, metrics),
-        f"`{store.rstrip('/')}/{planned.ref.id}`",
     )
     return f"| {' | '.join(cells)} |"
 
@@ -154,8 +159,9 @@ def _row(store: str, planned: StagePlan, state: str, manifest: Manifest | None) 
 def _node(planned: StagePlan, state: str, manifest: Manifest | None) -> Node:
     tones: dict[str, Tone] = {"waiting": "waiting", "running": "running", "reused": "reused", "ended": "failed"}
     tone: Tone = "failed" if state.startswith("failed") else tones.get(state, "made")
-    numbers = headline(planned.stage, manifest.metrics).split(", ")[0] if manifest else ""
-    return Node(planned.stage, (state, planned.ref.fingerprint[:12], numbers), tuple(planned.inputs), tone)
+    numbers = headline(planned.stage, manifest.metrics) if manifest else ""
+    first = INTERVAL.sub("", numbers).split(", ")[0]
+    return Node(planned.stage, (state, planned.ref.fingerprint[:12], first), tuple(planned.inputs), tone)
 
 
 def done(planned: StagePlan, manifest: Manifest) -> str:

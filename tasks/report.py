@@ -27,7 +27,7 @@ from tasks.headline import duration, headline, speed
 from tasks.progress import END_SECONDS, put_markdown
 
 DONE = {"reuse": "reused", "build": "built", "resume": "resumed"}
-COLUMNS = ("stage", "", "fingerprint", "time", "tokens/s", "headline")
+COLUMNS = ("stage", "", "fingerprint", "time", "tokens/s")
 INTERVAL = re.compile(r" \[[^]]*\]")
 AGAIN_SECONDS = 5.0  # between tries to reach a server
 
@@ -136,11 +136,16 @@ def report_text(
     head = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
     rows = "".join(f"\n{_row(plan[s], states[s], manifests.get(s))}" for s in plan)
     nodes = [_node(plan[s], states[s], manifests.get(s)) for s in plan]
-    places = "".join(f"- {s} `{config.store.rstrip('/')}/{plan[s].ref.id}`\n" for s in plan)
+    # Not in the table: the UI cuts what a row has no room for.
+    places = "".join(f"{_place(config.store, plan[s], manifests.get(s))}\n" for s in plan)
     return (
-        f"# {config.name}\n\n{head}{rows}\n\n## Lineage\n\n{lineage_markdown(nodes)}\n"
-        f"## Where the artifacts lie\n\n{places}"
+        f"# {config.name}\n\n{head}{rows}\n\n## Lineage\n\n{lineage_markdown(nodes)}\n## Numbers and places\n\n{places}"
     )
+
+
+def _place(store: str, planned: StagePlan, manifest: Manifest | None) -> str:
+    numbers = headline(planned.stage, manifest.metrics) if manifest else ""
+    return f"- **{planned.stage}** {numbers}  \n  `{store.rstrip('/')}/{planned.ref.id}`"
 
 
 def _row(planned: StagePlan, state: str, manifest: Manifest | None) -> str:
@@ -151,7 +156,6 @@ def _row(planned: StagePlan, state: str, manifest: Manifest | None) -> str:
         f"`{planned.ref.fingerprint[:12]}`",
         duration(metrics.get("seconds")) if manifest else "",
         speed(metrics),
-        headline(planned.stage, metrics),
     )
     return f"| {' | '.join(cells)} |"
 

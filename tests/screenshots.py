@@ -158,18 +158,19 @@ def take(stacked: Stacked, browser: Browser, config: Path, out: Path) -> None:
     shoot(
         "live-report", f"/artifacts/artifact/{artifact(stacked, run, 'rlhf-report')}", "lineage", "running", height=760
     )
+    stage = artifact(stacked, run, "rlhf-ppo-report")
+    shoot("stage-report", f"/artifacts/artifact/{stage}", "curves", "checkpoints", "answers", height=2600)
     kill(*stacked.stack.runs())
     soon(lambda: stacked.state(run) == "Completed")
     report = artifact(stacked, run, "rlhf-report")
-    shoot("resumed-report", f"/artifacts/artifact/{report}", "lineage", "resumed from", height=760)
+    shoot("resumed-report", f"/artifacts/artifact/{report}", "lineage", "resumed from", height=1000)
     shoot("resumed-run", f"/runs/flow-run/{run}", "completed", height=900)
-    stage = artifact(stacked, run, "rlhf-ppo-report")
-    shoot("stage-report", f"/artifacts/artifact/{stage}", "resumed", "checkpoints", "answers", height=2600)
 
 
 def has_curves(stacked: Stacked, run: str) -> bool:
-    """Whether PPO's report has curves by now."""
-    return any(a["key"] == "rlhf-ppo-report" and "## Curves" in a["data"] for a in stacked.artifacts(run))
+    """Whether PPO's report has curves and a checkpoint by now."""
+    texts = [found["data"] for found in stacked.artifacts(run) if found["key"] == "rlhf-ppo-report"]
+    return any("## Curves" in text and "## Checkpoints" in text and "## Answers" in text for text in texts)
 
 
 def main() -> None:

@@ -94,7 +94,7 @@ def draw_path(path: Path, lines: Sequence[Line]) -> None:
         kl, score = (moving_mean(column, width) if len(points) > FEW_POINTS else column for column in points.T)
         axes.plot(kl, score, color=color, label=line.name, zorder=3, **_stroke(line))
         _mark_end(axes, line, kl[-1], score[-1])
-    axes.set_ylabel("reward model's score, of the rollouts", fontsize=8.5)
+    axes.set_ylabel("score of the rollouts", fontsize=8.5)
     _finish_plane(figure, axes, path)
 
 

@@ -34,8 +34,9 @@ COLUMNS = {
     "perplexity": ("Perplexity", "of SFT answers", 1),
 }
 OWN_CSS = """
-.numbers th,.numbers td{padding:7px 9px;font-size:13px}.numbers .what code{display:block;white-space:nowrap}
-.numbers small{font-size:11px}
+header,main{max-width:1280px}
+.numbers th,.numbers td{padding:7px;font-size:13px}.numbers small{font-size:11px}
+.numbers .what code{display:block;white-space:nowrap;font-size:12px}
 .pages{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,460px),1fr));gap:10px}
 svg.key{vertical-align:middle;margin-right:8px}
 .failed{color:var(--bad);white-space:normal;min-width:220px}
@@ -212,7 +213,7 @@ def _result_table(results: Sequence[VariantResult]) -> str:
     heads = "".join(
         f'<th scope="col">{escape(COLUMNS[key][0])}<small>{escape(COLUMNS[key][1])}</small></th>' for key in columns
     )
-    head = f'<tr><td></td><th scope="col">Variant</th>{heads}<th scope="col">Time<small>of its own stages</small></th></tr>'
+    head = f'<tr><td></td><th scope="col">Variant</th>{heads}<th scope="col">Time<small>own stages</small></th></tr>'
     table = f'<div class="wide"><table class="numbers"><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
     judged = any("low" in r.numbers[key] for r in results for key in r.numbers)
     note = (

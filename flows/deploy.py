@@ -25,7 +25,7 @@ from rlhf_core.specs import STAGES
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "deployments" / "prefect.yaml"
 POOL = "rlhf"
-DEPLOYMENTS = ("rlhf/pipeline", *(f"rlhf-{stage}/{stage}" for stage in STAGES))
+DEPLOYMENTS = ("rlhf/pipeline", *(f"rlhf-{stage}/{stage}" for stage in STAGES), "rlhf-sweep/sweep")
 
 
 class DeployError(RlhfError):

@@ -1,6 +1,7 @@
 """The flow on a real Prefect server, with real processes, guard and store; only what a job runs is quick_stage.py."""
 
 import hashlib
+import json
 import os
 import platform
 import signal
@@ -722,6 +723,48 @@ def test_resume_goes_on_here_with_a_run_that_no_worker_knows(server, config, ord
     assert eventually(lambda: run_states(config)[1]["sft"] == "Cached") and finished["flow"] == "Completed"
     with get_client(sync_client=True) as client:
         assert all(run.deployment_id is None for run in client.read_flow_runs())
+
+
+# --- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_builds_shared_stages_once_and_a_variant_that_fails_stops_no_other(server, config, store, orders):
+    """The comparison is written all the same, and the next time all that is there is reused."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+    from flows.sweep import SweepFailed, sweep
+
+    grid = ("ppo.kl_coef=0.05,0.1",)
+    (orders / "ppo").write_text("exit 3")
+    with pytest.raises(SweepFailed, match=r"1 of 2 variants failed: 1 \(ppo.kl_coef=0.05\): ppo") as failure:
+        sweep(config, grid)
+    assert failure.value.exit_code == 1
+    assert [attempts(store, stage) for stage in STAGES] == [1, 1, 1, 2, 1]
+    [page] = [key for key in store.list("sweeps") if key.endswith("/report.html")]
+    assert "failed: ppo" in store.read(page).decode()
+    place = Path(sweep(config, grid))
+    assert [attempts(store, stage) for stage in STAGES] == [1, 1, 1, 3, 2]
+    assert place == store.local_path(page) and "failed: ppo" not in place.read_text()
+    made = json.loads((place.parent / "sweep.json").read_text())
+    assert [variant["label"] for variant in made["variants"]] == ["ppo.kl_coef=0.05", "ppo.kl_coef=0.1"]
+    assert [(stage["stage"], stage["how"], stage["variants"]) for stage in made["stages"]] == [
+        *((stage, "reused", [1, 2]) for stage in ("data", "sft", "reward")),
+        ("ppo", "built", [1]), ("ppo", "reused", [2]), ("evaluate", "built", [1]), ("evaluate", "reused", [2]),
+    ]  # fmt: skip
+    shown = ArtifactFilter(key=ArtifactFilterKey(any_=["rlhf-sweep"]))
+    with get_client(sync_client=True) as client:
+        texts = [str(artifact.data) for artifact in client.read_artifacts(artifact_filter=shown)]
+    assert sum(f"`{place}`" in text for text in texts) == 2
+
+
+def test_when_a_shared_stage_fails_it_is_not_tried_again_for_each_variant(server, config, store, orders):
+    from flows.sweep import SweepFailed, sweep
+
+    (orders / "reward").write_text("exit 3")
+    with pytest.raises(SweepFailed, match="2 of 3 variants failed: 1 "):
+        sweep(config, (), ({"ppo.seed": 1}, {"ppo.seed": 2}, {"method": "dpo"}))
+    assert [attempts(store, stage) for stage in (*STAGES, "dpo")] == [1, 1, 1, 0, 1, 1]
 
 
 # --- reporting -------------------------------------------------------------------------------------------------------

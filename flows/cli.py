@@ -133,7 +133,7 @@ def run(
     # While a flow runs, Prefect handles SIGTERM: it records the end and then has the signal handled as before.
     before = signal.signal(signal.SIGTERM, _raise_terminated)
     try:
-        if not nothing_to_do(store, planned):
+        if loaded.gates or not nothing_to_do(store, planned):
             run_flow(loaded, forced, only)
     except KeyboardInterrupt:
         err.print(f"interrupted; {GOES_ON}", soft_wrap=True)

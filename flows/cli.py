@@ -135,7 +135,7 @@ def run(
     if dry_run:
         return
     with ended_by_signals():
-        if not nothing_to_do(store, planned):
+        if loaded.gates or not nothing_to_do(store, planned):
             run_flow(loaded, forced, only)
     out.print()
     show_results(store, planned)

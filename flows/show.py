@@ -45,7 +45,15 @@ def show_plan(plan: Iterable[StagePlan], config: PipelineConfig | None = None) -
         rows.add_row(planned.stage, action, planned.ref.id, escape(planned.why))
     out.print(rows)
     if config:
+        show_gates(config, [planned.stage for planned in stages])
         show_nodes(config, [planned.stage for planned in stages if planned.action != "reuse"])
+
+
+def show_gates(config: PipelineConfig, stages: Iterable[StageName]) -> None:
+    """One line for each gate of some stages."""
+    for gate in (gate for stage in stages for gate in config.gates if gate.stage == stage):
+        when = "while it runs" if gate.during else "at its end"
+        out.print(f"gate    {gate.stage}, {when}: {gate.condition}: {gate.action.replace('_', ' ')}", markup=False)
 
 
 def show_nodes(config: PipelineConfig, stages: Iterable[StageName]) -> None:

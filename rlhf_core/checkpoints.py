@@ -116,6 +116,13 @@ def _place(key: str) -> tuple[tuple[int, int, int], int] | None:
     return (int(match[1]), PHASES.index(match[2]), int(match[3])), int(attempt)  # pyright: ignore[reportArgumentType]
 
 
+def order_of(key: str) -> tuple[int, int, int]:
+    """Progress that a marker's key tells, as `Position.order`."""
+    place = _place(key)
+    assert place, f"{key} is no marker"
+    return place[0]
+
+
 def is_kept(key: str) -> bool:
     """Whether a marker's key is that of a milestone."""
     return key.endswith("-kept.json")

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlhf_core.credentials import FIELD, KEY_ID, USER_INFO
 from rlhf_core.errors import ConfigError
+from rlhf_core.gates import Gate, check_gates
 from rlhf_core.hosts import BATCHES, batch_of, is_known, seats
 from rlhf_core.resources import ResourceTable
 from rlhf_core.specs import (
@@ -54,6 +55,9 @@ class PipelineConfig(Frozen):
     dpo: DPOSpec = DPOSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     resources: ResourceTable = ResourceTable()
+    gates: tuple[Gate, ...] = Field(
+        default=(), description="conditions on metrics that warn, stop, roll back or wait for a person; never identity"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -67,6 +71,11 @@ class PipelineConfig(Frozen):
             resources, size = self.resources.of(stage), batch_of(stage, getattr(self, stage).model_dump())
             if is_known(resources):  # else the hostfile says, when a run begins
                 seats(resources, size, field=field)
+        return self
+
+    @model_validator(mode="after")
+    def _gates_have_stages(self) -> Self:
+        check_gates(self.gates, self.stages, gold=self.evaluate.gold is not None)
         return self
 
     @model_validator(mode="after")

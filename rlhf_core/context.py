@@ -45,6 +45,7 @@ class JobContext:
     resumed: list[dict[str, Any]] = field(default_factory=list)
     _last: dict[str, Any] = field(default_factory=lambda: {"step": 0, "total": 1, "phase": "start"})
     _told: float = 0.0
+    _logged: list[dict[str, Any]] = field(default_factory=list)
     _fetched: dict[tuple[str, str], Path] = field(default_factory=dict)
     _manifests: dict[str, Manifest] = field(default_factory=dict)
 
@@ -88,12 +89,15 @@ class JobContext:
     ) -> None:
         """Tell the control plane how far this rank is; rank 0's word is also what keeps a stage from being ended as hung.
 
+        What was logged since the last time goes along, for gates.
+
         Ranks that share one output leave it to rank 0, whose progress theirs would be taken for.
         """
         event = {"step": step, "total": total, "unit": unit, "phase": phase, "metrics": metrics or {}}
         self._last, self._told = event, time.monotonic()
+        rows, self._logged = self._logged, []
         if self.is_main or redirected():
-            print(progress_line(event), flush=True)
+            print(progress_line({**event, "logged": rows} if rows else event), flush=True)
 
     def alive(self) -> None:
         """Repeat the last progress, at most every few seconds.
@@ -126,6 +130,7 @@ class JobContext:
             row = {"kind": kind, "step": step, "seconds": round(time.monotonic() - self.started, 3), **metrics}
             with (self.out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
+            self._logged.append(row)
 
     def say(self, message: str) -> None:
         """One line for the job's log, from rank 0."""

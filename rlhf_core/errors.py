@@ -19,6 +19,7 @@ class ExitCode(IntEnum):
     DATA = 3
     NON_FINITE = 4
     OUT_OF_MEMORY = 5
+    GATE = 6
     PREEMPTED = 75
 
     @property

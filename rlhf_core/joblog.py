@@ -148,7 +148,10 @@ class JobLog:
         if rank:
             return 0
         if self._events:
-            self._events.write(json.dumps({"time": round(self._now, 3), **event}) + "\n")
+            kept = {
+                key: value for key, value in event.items() if key != "logged"
+            }  # the artifact's metrics.jsonl has it
+            self._events.write(json.dumps({"time": round(self._now, 3), **kept}) + "\n")
         self.on_event(event)
         return 1
 

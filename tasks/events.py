@@ -1,4 +1,5 @@
-"""Events of stages, for Prefect's event feed and for automations: `rlhf.stage.started`, `completed`, `resumed` and so on.
+"""Events of stages, for Prefect's event feed and for automations: `rlhf.stage.started`, `completed`, `resumed` and so on, and
+`rlhf.gate.fired`.
 
 The payload says which artifact, how it came about and its numbers. An event is queued and sent by a thread of Prefect's:
 nothing waits for the server, and an event that cannot be sent is lost, the stage is not. The record of what happened is
@@ -6,6 +7,7 @@ the manifest in the store; Prefect keeps events for a week.
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from prefect.events import emit_event
@@ -27,9 +29,22 @@ def emit(
         log: told of an error.
         payload: plain JSON besides stage, artifact and fingerprint.
     """
+    _emit(f"rlhf.stage.{happened}", planned, log, payload)
+
+
+def emit_gate(
+    planned: StagePlan, log: "logging.Logger | logging.LoggerAdapter[Any]", payload: Mapping[str, Any]
+) -> None:
+    """Emit `rlhf.gate.fired`; `payload`: gate, metric, value, bound, action, step and the sentence for people."""
+    _emit("rlhf.gate.fired", planned, log, payload)
+
+
+def _emit(
+    name: str, planned: StagePlan, log: "logging.Logger | logging.LoggerAdapter[Any]", payload: Mapping[str, Any]
+) -> None:
     try:
         emit_event(
-            event=f"rlhf.stage.{happened}",
+            event=name,
             resource={
                 "prefect.resource.id": f"rlhf.stage.{planned.stage}",
                 "prefect.resource.name": planned.stage,
@@ -44,7 +59,7 @@ def emit(
             },
         )
     except Exception as error:
-        log.warning("event %s could not be emitted: %s: %s", happened, type(error).__name__, error)
+        log.warning("event %s could not be emitted: %s: %s", name, type(error).__name__, error)
 
 
 def _flow_run() -> list[dict[str, str]]:

@@ -52,6 +52,7 @@ class Progress:
         self._pace = Pace(self.stage, resources)
         self._rows = EventRows()
         self._finished: tuple[str, Manifest] | None = None
+        self._gates: list[str] = []
         self._log = log
         self._event: dict[str, Any] | None = None
         self._began = time.monotonic()
@@ -85,6 +86,11 @@ class Progress:
         self._event = event
         self._pace.add(event)
         self._rows.add(event)
+
+    def gate(self, line: str) -> None:
+        """Have the report say that a gate has fired, with its next update."""
+        self._gates.append(line)
+        self._due["report"] = 0.0
 
     def finished(self, how: str, manifest: Manifest) -> None:
         """Have the last report say how the stage ended."""
@@ -147,7 +153,9 @@ class Progress:
         state = finished_state(self.stage, how, manifest) if manifest else now
         attempts = f"{store.url}/{ref.id}/attempts"
         log = f"{attempts}/{manifest.attempt:04d}/log.txt" if manifest else f"{attempts}/*/log.txt"
-        text = stage_text(self.stage, f"{store.url}/{ref.id}", state, self._rows.after(stored.rows), stored, log)
+        text = stage_text(
+            self.stage, f"{store.url}/{ref.id}", state, self._rows.after(stored.rows), stored, log, tuple(self._gates)
+        )
         self._report_id = put_markdown(self._report_id, f"rlhf-{self.stage}-report", text, f"{self.stage}: {ref.id}")
 
 

@@ -10,21 +10,23 @@ import contextvars
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 from uuid import UUID
 
 from prefect import get_run_logger
 
-from rlhf_core.artifacts import ArtifactRef, Manifest, read_manifest
+from rlhf_core.artifacts import ArtifactRef, Manifest, read_manifest, retired_before
 from rlhf_core.config import PipelineConfig
+from rlhf_core.fired import Fired, GateFired, read_fired
 from rlhf_core.lineage_graph import Node, Tone, lineage_markdown
 from rlhf_core.plan import StagePlan
 from rlhf_core.specs import StageName
 from rlhf_core.store import Store
 from tasks.headline import duration, headline, speed
 from tasks.progress import END_SECONDS, put_markdown
+from tasks.stage_report import gates_text
 
 DONE = {"reuse": "reused", "build": "built", "resume": "resumed"}
 COLUMNS = ("stage", "", "fingerprint", "time", "tokens/s")
@@ -71,7 +73,11 @@ class PipelineReport:
 
         def watched(stage: StageName, **inputs: ArtifactRef) -> ArtifactRef:
             self._tell(stage, "running")
-            ref = run(stage, **inputs)
+            try:
+                ref = run(stage, **inputs)
+            except GateFired:
+                self._note(stage, self._plan[stage].ref)  # which may be finished all the same
+                raise
             self._note(stage, ref)
             return ref
 
@@ -79,7 +85,9 @@ class PipelineReport:
 
     def text(self) -> str:
         """The report as it stands, as markdown."""
-        return report_text(self._config, self._plan, dict(self._states), dict(self._manifests))
+        refs = [planned.ref for planned in self._plan.values()]
+        gates = [one.line for ref in refs for one in fired_of(self._store, self._config, ref)]
+        return report_text(self._config, self._plan, dict(self._states), dict(self._manifests), gates)
 
     def _note(self, stage: StageName, ref: ArtifactRef) -> None:
         try:
@@ -87,9 +95,9 @@ class PipelineReport:
         except Exception as error:
             self._warn(error)
             return
-        assert manifest, f"{ref.id} is published"
-        self._manifests[stage] = manifest
-        self._tell(stage, done(self._plan[stage], manifest))
+        if manifest:
+            self._manifests[stage] = manifest
+            self._tell(stage, done(self._plan[stage], manifest))
 
     def _tell(self, stage: StageName, state: str) -> None:
         self._states[stage] = state
@@ -119,11 +127,19 @@ class PipelineReport:
             self._log.warning("the report could not be written: %s: %s", type(error).__name__, error)
 
 
+def fired_of(store: Store, config: PipelineConfig, ref: ArtifactRef) -> list[Fired]:
+    """The configuration's gates that have fired on an artifact; a gate that fired in several attempts counts as in the last."""
+    own = {gate.digest for gate in config.gates if gate.stage == ref.stage}
+    found = read_fired(store, ref, retired_before(store, ref)) if own else []
+    return list({one.gate.digest: one for one in found if one.gate.digest in own}.values())
+
+
 def report_text(
     config: PipelineConfig,
     plan: Mapping[StageName, StagePlan],
     states: Mapping[StageName, str],
     manifests: Mapping[StageName, Manifest],
+    gates: Sequence[str] = (),
 ) -> str:
     """The report as markdown.
 
@@ -132,6 +148,7 @@ def report_text(
         plan: its stages.
         states: of each stage what a person is told.
         manifests: of the stages that are done.
+        gates: a line for each that has fired.
     """
     head = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
     rows = "".join(f"\n{_row(plan[s], states[s], manifests.get(s))}" for s in plan)
@@ -139,7 +156,8 @@ def report_text(
     # Not in the table: the UI cuts what a row has no room for.
     places = "".join(f"{_place(config.store, plan[s], manifests.get(s))}\n" for s in plan)
     return (
-        f"# {config.name}\n\n{head}{rows}\n\n## Lineage\n\n{lineage_markdown(nodes)}\n## Numbers and places\n\n{places}"
+        f"# {config.name}\n\n{head}{rows}\n\n{gates_text(gates)}\n## Lineage\n\n{lineage_markdown(nodes)}\n"
+        f"## Numbers and places\n\n{places}"
     )
 
 

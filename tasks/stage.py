@@ -15,6 +15,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import State, StateType
 from prefect.runtime import flow_run, task_run
 from prefect.states import Completed
 
@@ -32,6 +33,7 @@ from rlhf_core.config import PipelineConfig
 from rlhf_core.credentials import scrub
 from rlhf_core.errors import IntegrityError, JobFailed, StoreError, is_transient
 from rlhf_core.failures import RULES
+from rlhf_core.fired import GateFired
 from rlhf_core.job import JobResult, JobSpec
 from rlhf_core.launch import end_leftovers, run_job
 from rlhf_core.lease import Busy, Lease, free_number, take
@@ -42,6 +44,7 @@ from rlhf_core.specs import StageName
 from rlhf_core.store import Store
 from tasks.commits import commit_text, other_commits
 from tasks.events import emit
+from tasks.gates import Watch, pass_gates
 from tasks.headline import headline
 from tasks.progress import Logger, Progress, say
 from tasks.waiting import Waiting
@@ -69,6 +72,7 @@ def build_stage(
     on_event: OnEvent = lambda _: None,
     provenance: Mapping[str, Any] | None = None,
     tell: Callable[[str], None] = say,
+    watch: Watch | None = None,
 ) -> Stage:
     """Reuse, publish, build or resume one stage; waits while another run builds it.
 
@@ -80,8 +84,10 @@ def build_stage(
         on_event: called with every progress event of the job, or of the other run that is waited for.
         provenance: recorded in the manifest besides what is known here, e.g. the flow run.
         tell: called with a line when another run is waited for, and when a job is started again.
+        watch: the gates that look at the job while it runs.
 
     Raises:
+        GateFired: one of them has ended the job.
         JobFailed: the job ended without its result; reason "busy": another run held the artifact for longer than
             resources.timeout_hours; reason "preempted in vain": it was twice in a row, without getting further.
         IntegrityError: what is stored differs from what is recorded of it.
@@ -92,7 +98,7 @@ def build_stage(
         if not _is_due(store, planned, force) and (manifest := find(store, planned.ref)):
             return Stage(manifest, "reused")
         try:
-            return _build(store, config, planned, force, on_event, provenance, tell)
+            return _build(store, config, planned, force, on_event, provenance, tell, watch)
         except Busy as busy:
             waiting.wait_for(busy)
         except JobFailed as error:
@@ -118,6 +124,7 @@ def _build(
     on_event: OnEvent,
     provenance: Mapping[str, Any] | None,
     tell: Callable[[str], None],
+    watch: Watch | None,
 ) -> Stage:
     """Run one job of the stage, if it still needs one, and publish its result. Busy: another run holds the lease."""
     number = free_number(store, planned.ref)
@@ -137,7 +144,8 @@ def _build(
         if force:
             retire(store, planned.ref, force, number)
         reward_code.upload(store, lease.job)
-        result = run_job(store, lease, on_event=on_event)
+        with watch.over(store, lease) if watch else nullcontext():
+            result = run_job(store, lease, on_event=on_event)
         manifest = _publish(store, lease, _manifest(store, planned, lease.job, result, provenance))
         checkpoints.clear(store, planned.ref)
         local_parts.forget(store, planned.ref)
@@ -324,7 +332,7 @@ def worth_retrying(task: "Task[..., Any]", run: "TaskRun", state: State[Any]) ->
 def run_stage(
     config: PipelineConfig, planned: StagePlan, inputs: dict[str, ArtifactRef], force: bool = False
 ) -> ArtifactRef | State[ArtifactRef]:
-    """One stage as a Prefect task; its state is named Cached if the artifact was there already.
+    """One stage as a Prefect task; its state is named Cached if the artifact was there already, Held if a gate asks a person.
 
     `inputs` are the results of the tasks before it: they draw the edges of Prefect's graph and are the planned ones.
     """
@@ -340,11 +348,15 @@ def run_stage(
     emit("started", planned, log, attempt=task_run.run_count)
     try:
         with Progress(store, planned, config.resources.of(planned.stage), log) as progress:
-            stage = build_stage(store, config, planned, flow_run.id if force else None, progress.on_event, origin, tell)
+            watch, run = Watch(config, store, planned, log, progress), flow_run.id if force else None
+            stage = build_stage(store, config, planned, run, watch.on_event, origin, tell, watch)
             progress.finished(stage.how, stage.manifest)
     except BaseException as error:
-        preempted = isinstance(error, JobFailed) and (error.reason or "").startswith("preempted")
+        held = error if isinstance(error, GateFired) and error.asks else None
+        preempted = held or (isinstance(error, JobFailed) and (error.reason or "").startswith("preempted"))
         emit("preempted" if preempted else "failed", planned, log, error=str(error)[:500], attempt=task_run.run_count)
+        if held:  # neither done nor failed: the flow asks, and calls this task again
+            return State(type=StateType.CANCELLED, name="Held", message=held.fired.sentence, data=held)  # pyright: ignore
         raise
     _emit_end(planned, stage, log)
     summary = f"{stage.how} {store.url}/{planned.ref.id}"
@@ -372,8 +384,16 @@ def run_planned(
     stage: StageName,
     **inputs: ArtifactRef,
 ) -> ArtifactRef:
-    """Run one stage of a plan as a task, with the retries of the stage's resources; returns its artifact."""
+    """Run one stage of a plan as a task, with the retries of the stage's resources, and pass its gates; returns its artifact."""
     resources = config.resources.of(stage)
     retrying = run_stage.with_options(retries=resources.retries, retry_delay_seconds=resources.retry_delay_seconds)
-    result = retrying(config, plan[stage], inputs, stage in force)
-    return result.result() if isinstance(result, State) else result
+
+    def run() -> ArtifactRef:
+        result = retrying(config, plan[stage], inputs, stage in force)
+        if not isinstance(result, State):
+            return result
+        if isinstance(held := result.data, GateFired):
+            raise held
+        return result.result()
+
+    return pass_gates(config, plan, stage, run)

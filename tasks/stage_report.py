@@ -130,7 +130,7 @@ def stage_text(
         gates: a line for each gate that has fired.
     """
     head = f"# {stage}\n\n{state}\n\nArtifact `{where}`  \nWhole log `{log}`\n"
-    parts = [_gates(gates), _answers(stored.answers), _checkpoints(stored.checkpoints)]
+    parts = [gates_text(gates), _answers(stored.answers), _checkpoints(stored.checkpoints)]
     rest = "".join(f"\n{part}" for part in parts if part)
     return f"{head}{_curves(stage, rows, MOST_BYTES - len((head + rest).encode()))}{rest}"
 
@@ -168,7 +168,8 @@ def _curves(stage: StageName, rows: Sequence[Row], room: int) -> str:
     return text
 
 
-def _gates(gates: Sequence[str]) -> str:
+def gates_text(gates: Sequence[str]) -> str:
+    """The part of a report that lists the gates that have fired; "" without any."""
     return "## Gates that fired\n\n" + "".join(f"- {_plain(gate)}\n" for gate in gates) if gates else ""
 
 

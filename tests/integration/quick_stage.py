@@ -43,6 +43,24 @@ def save(store: Store, job: JobSpec, step: int) -> None:
     store.write(checkpoint.key, seal(checkpoint))
 
 
+def log_and_save(context: JobContext, first: int, words: list[str]) -> bool:
+    """Log a metric's value for each step, `kl_sequence 1 2 30`, and save after it; with `hold` at the end, wait to be told to end.
+
+    Returns whether it was told.
+    """
+    preemption.install()
+    name, *values = words
+    hold = values[-1] == "hold"
+    for step, value in enumerate(values[:-1] if hold else values, 1):
+        if step > first:
+            context.log("train", step, {name: float(value)})
+            context.progress(step, len(values), "train", {"loss": 2.5})
+            save(context.store, context.job, step)
+    while hold and not preemption.requested():
+        time.sleep(0.05)
+    return hold
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--job", required=True)
@@ -57,6 +75,8 @@ def main() -> int:
     if told == "train until told":
         preemption.install()
     context.progress(1, 2, "train", {"loss": 2.5})
+    if told.startswith("log") and log_and_save(context, began.position.step if began else 0, told.split()[1:]):
+        return 75
     if told == "hang":
         time.sleep(1000)
     if told == "train until told":

@@ -1,0 +1,250 @@
+"""What happens when a gate fires: a warning, an orderly end, a step back, or a question to a person.
+
+`Watch` looks at what a running job logs, in the thread that follows the job: it compares numbers and never waits. What has to end
+the job is an exception, after which the job saves as for any other end; what follows (removing what was saved too late, the
+record) comes when it has ended and its lease is still held. `pass_gates` is around the task of a stage: it asks the person, runs
+the stage again after "go on", and looks at the finished stage's numbers before the next one begins. Nobody is waited for for ever:
+after gate.wait_hours, or where no server could bring an answer, a question is a stop.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Literal
+
+from prefect import get_run_logger
+from prefect.exceptions import FlowPauseTimeout
+from prefect.flow_runs import pause_flow_run
+from prefect.input import RunInput
+from prefect.runtime import flow_run
+from prefect.settings import get_current_settings
+from prefect.utilities.urls import url_for
+from pydantic import Field
+
+from rlhf_core import checkpoints
+from rlhf_core.artifacts import ArtifactRef, Manifest, read_manifest, retired_before
+from rlhf_core.checkpoints import read_marker
+from rlhf_core.comparison import aligned_of
+from rlhf_core.config import PipelineConfig
+from rlhf_core.errors import IntegrityError, StoreError
+from rlhf_core.fired import (
+    HARDEST,
+    Fired,
+    GateFired,
+    LiveGates,
+    after_first,
+    fired_at_end,
+    over_optimised,
+    read_fired,
+    samples_of,
+    write_fired,
+)
+from rlhf_core.gates import Gate
+from rlhf_core.lease import Lease
+from rlhf_core.plan import StagePlan
+from rlhf_core.specs import StageName
+from rlhf_core.store import Store
+from tasks.events import emit_gate
+from tasks.progress import Logger, Progress, say
+
+POLL_SECONDS = 5  # between two looks whether somebody has answered
+GOES_ON = "the same configuration goes on from there; with a changed or removed gate it gets further"
+
+
+class Decision(RunInput):
+    """The form by which a person answers."""
+
+    decision: Literal["go on", "stop"] = Field(
+        default="stop",
+        description="go on: this gate is let be for this artifact; stop: the run fails, what is saved stays",
+    )
+
+
+class Watch:
+    """The live gates of one stage while its job runs."""
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        store: Store,
+        planned: StagePlan,
+        log: Logger,
+        progress: Progress,
+    ) -> None:
+        """`log`: of the run; `progress` is told of all events, and of what fires."""
+        own = [gate for gate in config.gates if gate.stage == planned.stage and gate.during]
+        self._live = LiveGates(gate for gate in own if gate.digest not in _waived(store, planned.ref, own))
+        self._planned, self._log, self._progress = planned, log, progress
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Take an event of the job. GateFired: the job is to end."""
+        self._progress.on_event(event)
+        new = self._live.add(event.get("logged") or ())
+        for fired in new:
+            self._progress.gate(fired.line)
+            announce(fired, self._planned, self._log)
+        if hard := [fired for fired in new if fired.gate.action != "warn"]:
+            raise GateFired(min(hard, key=lambda fired: HARDEST.index(fired.gate.action)), "the job is ended")
+
+    @contextmanager
+    def over(self, store: Store, lease: Lease) -> Iterator[None]:
+        """Around a job: what becomes of its checkpoints after a gate, and the record of what has fired."""
+        try:
+            yield
+        except GateFired as error:
+            more = _roll_back(store, lease, error.fired) if error.fired.gate.action == "roll_back" else None
+            raise GateFired(error.fired, more or _stopped(store, lease), lease.job.attempt) from None
+        else:
+            for sentence in self._live.unseen():
+                self._log.warning("%s: %s", self._planned.stage, sentence)
+        finally:
+            with suppress(StoreError):  # the log and the event have it too
+                for fired in self._live.fired:
+                    write_fired(store, lease.job.output, lease.job.attempt, fired)
+
+
+def _stopped(store: Store, lease: Lease) -> str:
+    """Where a job that was ended has got to."""
+    with suppress(StoreError, IntegrityError):
+        found = checkpoints.newest(store, lease.job.output, since=lease.job.since)
+        return f"Stopped, saved at {found}; {GOES_ON}." if found else "Stopped; nothing was saved, so it begins anew."
+    return f"Stopped; {GOES_ON}."
+
+
+def _roll_back(store: Store, lease: Lease, fired: Fired) -> str:
+    """Remove what has been saved since the first step that breached a gate, if there is something from before it."""
+    ref, first = lease.job.output, fired.first or 0
+    if lease.check():
+        return "Another run has taken over the artifact, so nothing was rolled back."
+    try:
+        good, bad = after_first(store, ref, first, lease.job.since)
+        if not good:
+            return (
+                f"Stopped, and not rolled back: no checkpoint from before step {first} is left. Let it save more often "
+                "(resources.checkpoint.every_steps), or keep more (keep, milestone_steps)."
+            )
+        checkpoints.delete(store, ref, bad)
+        newest = read_marker(store, ref, good[0])
+    except (StoreError, IntegrityError) as error:
+        return f"Stopped, and not rolled back: {error}. What was saved from step {first} on is still there."
+    return (
+        f"Rolled back to {newest}: {len(bad)} later checkpoints are removed. The same configuration goes on from there, and "
+        "comes to the same place unless the gate is changed; other settings give another artifact."
+    )
+
+
+def pass_gates(
+    config: PipelineConfig, plan: Mapping[StageName, StagePlan], stage: StageName, run: Callable[[], ArtifactRef]
+) -> ArtifactRef:
+    """Run a stage, again after a person has said "go on", and pass the gates at its end.
+
+    Args:
+        config: of the pipeline.
+        plan: of the flow run.
+        stage: which.
+        run: the stage's task.
+
+    Raises:
+        GateFired: the pipeline is not to go on.
+    """
+    own = [gate for gate in config.gates if gate.stage == stage]
+    if not own:
+        return run()
+    store = Store(config.store)
+    ref = _run_until_done(store, plan[stage], run)
+    _pass_end(store, plan[stage], [gate for gate in own if not gate.during])
+    return ref
+
+
+def _run_until_done(store: Store, planned: StagePlan, run: Callable[[], ArtifactRef]) -> ArtifactRef:
+    while True:
+        try:
+            return run()
+        except GateFired as error:
+            if not error.asks:
+                raise
+            _ask(store, planned, error)
+
+
+def _pass_end(store: Store, planned: StagePlan, gates: Sequence[Gate]) -> None:
+    """Look at a finished stage's numbers. GateFired: the next stage is not to begin."""
+    manifest = read_manifest(store, planned.ref) if gates else None
+    if manifest is None:
+        return
+    log, waived = get_run_logger(), _waived(store, planned.ref, gates)
+    hard: list[Fired] = []
+    for gate in gates:
+        fired, trouble = judge(store, manifest, gate)
+        if trouble:
+            log.warning("%s: %s", planned.stage, trouble)
+        if fired is None or gate.digest in waived:
+            continue
+        announce(fired, planned, log)
+        with suppress(StoreError):
+            write_fired(store, planned.ref, manifest.attempt, fired)
+        hard += [fired] if gate.action != "warn" else []
+    for fired in sorted(hard, key=lambda fired: HARDEST.index(fired.gate.action)):
+        error = GateFired(
+            fired,
+            f"The {planned.stage} stage is finished and stays; the next one does not begin until the gate is changed or removed.",
+            manifest.attempt,
+        )
+        if not error.asks:
+            raise error
+        _ask(store, planned, error)
+
+
+def judge(store: Store, manifest: Manifest, gate: Gate) -> tuple[Fired | None, str | None]:
+    """What a gate says of a finished stage, or why it cannot be judged."""
+    if gate.rule:
+        return over_optimised(gate, samples_of(store, manifest), aligned_of(manifest.inputs) or "")
+    if gate.metric and gate.metric not in manifest.metrics:
+        return None, f"the gate on {gate.metric} has not been judged: the stage has no such metric"
+    return fired_at_end(gate, manifest.metrics), None
+
+
+def _ask(store: Store, planned: StagePlan, error: GateFired) -> None:
+    """Wait for a person. GateFired: the answer is to stop, or there is none."""
+    fired, hours = error.fired, error.fired.gate.wait_hours
+    if get_current_settings().api.url is None:
+        raise GateFired(
+            fired,
+            f"{error.more}\nIt should wait for a person, but without a Prefect server nobody could answer, so it has stopped. "
+            "Use `rlhf run`, or set PREFECT_API_URL.",
+            error.attempt,
+        )
+    place = url_for("flow-run", obj_id=flow_run.id) or "Prefect's UI"
+    line = f"{fired.sentence}; waiting up to {hours:g} h for a person: {place}, button Resume"
+    get_run_logger().warning(line)
+    say(line)
+    text = f"**{fired.sentence}**\n\n{error.more}"
+    try:
+        answer = pause_flow_run(
+            wait_for_input=Decision.with_initial_data(description=text),
+            timeout=max(1, round(hours * 3600)),
+            poll_interval=POLL_SECONDS,
+            key=f"{fired.gate.digest}-{flow_run.run_count}",  # a key counts once in a run's life
+        )
+        decision, told = answer.decision, "A person has answered: stop."
+    except FlowPauseTimeout:
+        decision, told = None, f"Nobody has answered for {hours:g} h, so it has stopped."
+    write_fired(store, planned.ref, error.attempt, fired.model_copy(update={"answer": decision}))
+    if decision != "go on":
+        raise GateFired(fired, f"{error.more}\n{told}", error.attempt)
+    said = f"{planned.stage}: a person has answered: go on"
+    get_run_logger().info(said)
+    say(said)
+
+
+def announce(fired: Fired, planned: StagePlan, log: Logger) -> None:
+    """Tell the run's log, the terminal and Prefect's events that a gate has fired."""
+    log.warning(fired.line)
+    say(f"gate: {fired.line}")
+    emit_gate(planned, log, fired.payload)
+
+
+def _waived(store: Store, ref: ArtifactRef, gates: Sequence[Gate]) -> set[str]:
+    """Digests of gates that a person has let be for this artifact."""
+    if not (asking := {gate.digest for gate in gates if gate.action == "wait"}):
+        return asking
+    known = read_fired(store, ref, retired_before(store, ref))
+    return asking & {fired.gate.digest for fired in known if fired.answer == "go on"}

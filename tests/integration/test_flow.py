@@ -735,6 +735,16 @@ def gated(config: PipelineConfig, *gates: dict) -> PipelineConfig:
     return parse_config({**config.model_dump(), "gates": gates})
 
 
+def run_sft(config: PipelineConfig) -> Manifest:
+    """Run data and sft alone; the manifest of sft."""
+    from flows.single import data, sft
+
+    data(config)
+    manifest = read_manifest(Store(config.store), sft(config)["sft"])
+    assert manifest is not None
+    return manifest
+
+
 def artifact_of(config: PipelineConfig, key: str) -> str:
     """The newest artifact with this key of this pipeline's runs."""
     from prefect.client.orchestration import get_client
@@ -745,6 +755,16 @@ def artifact_of(config: PipelineConfig, key: str) -> str:
     with get_client(sync_client=True) as client:
         found = client.read_artifacts(flow_run_filter=ours, sort=ArtifactSort.CREATED_DESC)
     return next(str(artifact.data) for artifact in found if artifact.key == key)
+
+
+def states_of_tasks(config: PipelineConfig, stage: str) -> list[str]:
+    """Names of the states of all tasks of a stage, sorted."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+
+    ours = FlowRunFilter(name=FlowRunFilterName(any_=[config.name]))
+    with get_client(sync_client=True) as client:
+        return sorted(str(t.state_name) for t in client.read_task_runs(flow_run_filter=ours) if t.name == stage)
 
 
 def answer_when_asked(config: PipelineConfig, decision: str, told: list[dict]) -> threading.Thread:
@@ -780,13 +800,11 @@ def answer_when_asked(config: PipelineConfig, decision: str, told: list[dict]) -
 def test_a_gate_that_warns_is_told_by_report_log_and_event_and_the_run_goes_on(server, config, store, orders):
     from prefect.client.orchestration import get_client
 
-    from flows.rlhf import rlhf
-
     (orders / "sft").write_text("log loss 9 2 9 9 9")
     gate = {"stage": "sft", "metric": "loss", "above": 5, "during": True, "for_steps": 2, "after_step": 1}
     config = gated(config, {**gate, "action": "warn"})
-    refs = rlhf(config)
-    assert list(refs) == list(STAGES) and attempts(store, "sft") == 1
+    ref = run_sft(config).ref
+    assert attempts(store, "sft") == 1
     sentence = "sft: loss 9 is above 5 at step 4, 2 times in a row (warn)"
     for key in ("rlhf-sft-report", "rlhf-report"):
         text = artifact_of(config, key)
@@ -796,7 +814,7 @@ def test_a_gate_that_warns_is_told_by_report_log_and_event_and_the_run_goes_on(s
         def fired():
             wanted = {"event": {"name": ["rlhf.gate.fired"]}, "any_resource": {"id": ["rlhf.stage.sft"]}}
             found = client._client.post("/events/filter", json={"filter": wanted, "limit": 50}).json()["events"]  # pyright: ignore
-            return [e["payload"] for e in found if e["payload"]["artifact"] == refs["sft"].id]
+            return [e["payload"] for e in found if e["payload"]["artifact"] == ref.id]
 
         [payload] = eventually(fired)
     wanted = {"stage": "sft", "metric": "loss", "value": 9.0, "bound": 5.0, "action": "warn", "step": 4}
@@ -806,67 +824,71 @@ def test_a_gate_that_warns_is_told_by_report_log_and_event_and_the_run_goes_on(s
 def test_a_gate_that_stops_leaves_a_checkpoint_and_with_another_bound_the_stage_goes_on_from_it(
     server, config, store, orders
 ):
-    from flows.rlhf import rlhf
-
     (orders / "sft").write_text("log loss 2 9 hold\n\n")
     gate = {"stage": "sft", "metric": "loss", "during": True, "action": "stop"}
     with pytest.raises(GateFired, match=r"^sft: loss 9 is above 5 at step 2\nStopped, saved at step 2") as raised:
-        rlhf(gated(config, {**gate, "above": 5}))
+        run_sft(gated(config, {**gate, "above": 5}))
     assert raised.value.exit_code == 6
-    assert [attempts(store, stage) for stage in STAGES] == [1, 1, 0, 0, 0], "a stop is not retried"
-    assert eventually(lambda: run_states(config) == [{"data": "Completed", "sft": "Failed", "flow": "Failed"}])
+    assert attempts(store, "sft") == 1, "a stop is not retried"
+    assert eventually(lambda: run_states(config)[1] == {"sft": "Failed", "flow": "Failed"})
     assert "sft: loss 9 is above 5 at step 2 (stop)" in artifact_of(config, "rlhf-report")
-    manifest = read_manifest(store, rlhf(gated(config, {**gate, "above": 10}))["sft"])
-    assert manifest is not None
+    manifest = run_sft(gated(config, {**gate, "above": 10}))
     assert manifest.provenance["job"]["resumed"] == [{"attempt": 1, "from": "step 2"}]
 
 
 def test_a_gate_that_rolls_back_removes_what_was_saved_since_the_first_bad_step(server, config, store, orders):
-    from flows.rlhf import rlhf
-
     (orders / "sft").write_text("log loss 1 2 9 9 hold\n\n")
     gate = {"stage": "sft", "metric": "loss", "above": 5, "during": True, "for_steps": 2, "action": "roll_back"}
     with pytest.raises(GateFired, match=r"Rolled back to step 2 \(attempt 1\): 2 later checkpoints are removed"):
-        rlhf(gated(config, gate))
+        run_sft(gated(config, gate))
     ref = make_plan(config, store)[1].ref
     assert [key.split("/")[-1] for key in marker_keys(store, ref)] == [
         "00000002-train-000000.json",
         "00000001-train-000000.json",
     ]
     assert len([key for key in store.list(ref.id) if "/parts/" in key]) == 2
-    manifest = read_manifest(store, rlhf(config)["sft"])
-    assert manifest is not None
+    manifest = run_sft(config)
     assert manifest.provenance["job"]["resumed"] == [{"attempt": 1, "from": "step 2"}]
 
 
 def test_with_nothing_saved_before_the_first_bad_step_nothing_is_rolled_back(server, config, store, orders):
-    from flows.rlhf import rlhf
-
     (orders / "sft").write_text("log loss 9 9 hold")
     gate = {"stage": "sft", "metric": "loss", "above": 5, "during": True, "action": "roll_back"}
     with pytest.raises(GateFired, match="not rolled back: no checkpoint from before step 1 is left"):
-        rlhf(gated(config, gate))
+        run_sft(gated(config, gate))
     assert len(marker_keys(store, make_plan(config, store)[1].ref)) == 2
+
+
+def test_a_gate_that_came_too_late_to_end_the_job_keeps_the_next_stage_from_beginning(server, config, store, orders):
+    from flows.rlhf import rlhf
+
+    (orders / "sft").write_text("log loss 2 9 finish")
+    gate = {"stage": "sft", "metric": "loss", "above": 5, "during": True, "action": "stop"}
+    with pytest.raises(GateFired, match="saved at step 2"):
+        run_sft(gated(config, gate))
+    assert [m.ref.stage for m in list_manifests(store)] == ["data"]
+    with pytest.raises(GateFired, match="The sft stage is finished and stays"):
+        rlhf(gated(config, gate))
+    assert [attempts(store, stage) for stage in STAGES] == [1, 1, 0, 0, 0]
+    run_sft(gated(config, {**gate, "above": 10}))
 
 
 def test_a_gate_that_waits_goes_on_from_the_checkpoint_when_a_person_says_so(
     server, config, store, orders, monkeypatch
 ):
-    from flows.rlhf import rlhf
     from tasks import gates
 
     monkeypatch.setattr(gates, "POLL_SECONDS", 0.3)
     (orders / "sft").write_text("log loss 2 9 hold\nlog loss 2 9 9 9")
     config = gated(config, {"stage": "sft", "metric": "loss", "above": 5, "during": True, "action": "wait"})
     person = answer_when_asked(config, "go on", told := [])
-    manifest = read_manifest(store, rlhf(config)["sft"])
+    manifest = run_sft(config)
     person.join()
-    assert manifest is not None
     assert manifest.provenance["job"]["resumed"] == [{"attempt": 1, "from": "step 2"}]
     assert told[0]["form"]["properties"]["decision"]["enum"] == ["go on", "stop"]
     assert "sft: loss 9 is above 5 at step 2" in told[0]["about"] and "saved at step 2" in told[0]["about"]
     assert "sft: loss 9 is above 5 at step 2 (wait; answered: go on)" in artifact_of(config, "rlhf-report")
-    assert eventually(lambda: [run["flow"] for run in run_states(config)] == ["Completed"])
+    assert eventually(lambda: states_of_tasks(config, "sft") == ["Completed", "Held"])
 
 
 def test_a_gate_between_stages_keeps_what_is_finished_and_the_next_stage_from_beginning(server, config, store):
@@ -913,7 +935,7 @@ def test_where_no_server_could_bring_an_answer_a_question_is_a_stop_at_once(conf
     fired = fired_at_end(gate, {"eval_loss": 2.0})
     assert fired is not None
     with temporary_settings(restore_defaults={PREFECT_API_URL}):
-        with pytest.raises(GateFired, match="nobody could answer, so it has stopped. Use `rlhf run`"):
+        with pytest.raises(GateFired, match="without a Prefect server nobody could answer, so it has stopped"):
             gates._ask(store, make_plan(config, store)[1], GateFired(fired, "It is finished."))
 
 

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONFIG ?= deployments/configs/quickstart.yaml
 RLHF := $(BIN)/rlhf
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow faults check install real s3 bench-store bench-checkpoint clean
+.PHONY: help demo test test-slow faults check install real s3 bench-store bench-checkpoint bench-orchestration screenshots clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -14,7 +14,7 @@ demo: $(VENV)/.installed ## set up and run the whole pipeline (CONFIG=… for an
 	@$(RLHF) run $(CONFIG)
 
 test: $(VENV)/.installed-dev ## set up and run the tests, two at a time
-	@$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 test-slow: $(VENV)/.installed-dev ## the tests that take minutes each
 	@$(BIN)/python -m pytest -m slow
@@ -23,7 +23,7 @@ faults: $(VENV)/.installed-dev ## kill and starve every stage at random moments:
 	@$(BIN)/python -m pytest tests/faults -m faults $(if $(FAULTS_REPORT),--faults-report $(FAULTS_REPORT))
 
 check: $(VENV)/.installed-dev ## lint, types, layers, tests
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/python -m pytest -n 2 --dist worksteal
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 install: $(VENV)/.installed ## the environment alone
 	@echo "ready: $(RLHF) --help"
@@ -41,6 +41,13 @@ bench-store: $(VENV)/.installed-dev ## speed of the store on S3, beside boto3 an
 bench-checkpoint: $(VENV)/.installed-dev ## what checkpoints cost the quickstart's PPO, with and without them
 	@mkdir -p build
 	@$(BIN)/python tests/benchmarks/bench_checkpoint.py --out build/bench-checkpoint.json
+
+bench-orchestration: $(VENV)/.installed-dev ## what Prefect costs: the smallest pipeline by server and worker, and bare
+	@mkdir -p build
+	@$(BIN)/python tests/benchmarks/bench_orchestration.py --out build/bench-orchestration.json
+
+screenshots: $(VENV)/.installed-dev ## pictures of Prefect's UI for docs/, of a real run (needs Chromium)
+	@$(BIN)/python tests/screenshots.py
 
 clean: ## remove the environment and the artifacts of this folder
 	rm -rf $(VENV) .rlhf

@@ -7,6 +7,7 @@ and fires when the run has not been scheduled again (by a person) within its pau
 that would start it. A false alarm does no harm: the second builder of an artifact waits for the first.
 """
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -24,12 +25,13 @@ LONG_SILENCE_SECONDS = 600  # any other may have Prefect's default of 180 s
 PAUSES = (10, 60, 300)  # seconds before the second, third and fourth start; Prefect's least is 10
 
 
-def _resource(labels: dict[str, Any]) -> ResourceSpecification:
+def resource(labels: dict[str, Any]) -> ResourceSpecification:
+    """What an event's resource must have."""
     return ResourceSpecification.model_validate(labels)
 
 
-OURS = _resource({"prefect.resource.role": "flow", "prefect.resource.name": FLOWS})
-DEPLOYED = _resource({"prefect.resource.role": "deployment"})
+OURS = resource({"prefect.resource.role": "flow", "prefect.resource.name": FLOWS})
+DEPLOYED = resource({"prefect.resource.role": "deployment"})
 
 
 def automations() -> list[AutomationCore]:
@@ -39,23 +41,23 @@ def automations() -> list[AutomationCore]:
     return [silent, others, *(_start_again(count, pause) for count, pause in enumerate(PAUSES, start=1))]
 
 
-def install() -> dict[str, str]:
-    """Create them on the Prefect server, or bring them up to date; returns for each name what was done.
+def install(wanted: Sequence[AutomationCore]) -> dict[str, str]:
+    """Create automations on the Prefect server, or bring them up to date; returns for each name what was done.
 
     Whether somebody has switched one off is left as it is.
     """
     done: dict[str, str] = {}
     with get_client(sync_client=True) as client:
-        for wanted in automations():
-            found = next(iter(client.read_automations_by_name(wanted.name)), None)
+        for each in wanted:
+            found = next(iter(client.read_automations_by_name(each.name)), None)
             if found is None:
-                client.create_automation(wanted)
-                done[wanted.name] = "created"
-            elif _definition(found) == _definition(wanted):
-                done[wanted.name] = "there already" + ("" if found.enabled else ", switched off")
+                client.create_automation(each)
+                done[each.name] = "created"
+            elif _definition(found) == _definition(each):
+                done[each.name] = "there already" + ("" if found.enabled else ", switched off")
             else:
-                client.update_automation(found.id, wanted.model_copy(update={"enabled": found.enabled}))
-                done[wanted.name] = "updated"
+                client.update_automation(found.id, each.model_copy(update={"enabled": found.enabled}))
+                done[each.name] = "updated"
     return done
 
 
@@ -79,7 +81,7 @@ def _mark_silent(seconds: int, name: str, of: str, *related: ResourceSpecificati
             after={"prefect.flow-run.heartbeat"},
             expect={"prefect.flow-run.*"},
             posture=Posture.Proactive,
-            match=_resource({"prefect.resource.id": "prefect.flow-run.*"}),
+            match=resource({"prefect.resource.id": "prefect.flow-run.*"}),
             match_related=[OURS, *related],
             for_each={"prefect.resource.id"},
             threshold=1,
@@ -98,7 +100,7 @@ def _start_again(count: int, pause: int) -> AutomationCore:
             after={"prefect.flow-run.Crashed"},
             expect={"prefect.flow-run.AwaitingRetry", "prefect.flow-run.Scheduled"},
             posture=Posture.Proactive,
-            match=_resource({"prefect.resource.id": "prefect.flow-run.*", "prefect.run-count": str(count)}),
+            match=resource({"prefect.resource.id": "prefect.flow-run.*", "prefect.run-count": str(count)}),
             match_related=[OURS, DEPLOYED],
             for_each={"prefect.resource.id"},
             threshold=1,

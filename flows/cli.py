@@ -1,4 +1,4 @@
-"""The command line `rlhf`: plan, run, status, logs, artifacts, chat, eval, doctor.
+"""The command line `rlhf`: plan, run, sweep, status, logs, artifacts, chat, eval, doctor.
 
 Commands that need no Prefect do not import it, so they answer at once. A mistake of the user's is one message on stderr
 and the exit code of its class (2 configuration, 3 data, …), without a traceback. `run` works with the server of
@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +29,7 @@ from flows.selection import forced_stages, plan_run, plan_to_run
 from flows.show import err, out, show_checks, show_hosts, show_plan, show_results
 from flows.stack_cli import automations_command, deploy_command, down, up
 from flows.status_cli import status
+from flows.sweep_cli import sweep
 from flows.targets import DEFAULT_STORE, MODEL_FOLDERS, resolve, stage_name
 from rlhf_core import __version__
 from rlhf_core.config import PipelineConfig, load_config
@@ -84,6 +87,7 @@ def _root(
       rlhf run quickstart.yaml             run; what is published is reused
       rlhf run quickstart.yaml --set ppo.kl_coef=0.2
       rlhf run quickstart.yaml --set method=dpo
+      rlhf sweep quickstart.yaml --grid ppo.kl_coef=0.02,0.1
       rlhf status --watch                  what runs, how far it is, what there is
       rlhf logs quickstart.yaml ppo -f     a stage's log, as it comes
       rlhf artifacts list                  what the store holds
@@ -130,11 +134,21 @@ def run(
     show_plan(planned, loaded)
     if dry_run:
         return
+    with ended_by_signals():
+        if loaded.gates or not nothing_to_do(store, planned):
+            run_flow(loaded, forced, only)
+    out.print()
+    show_results(store, planned)
+    out.print(f"took    {duration(time.monotonic() - began)}")
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """A flow's run: SIGTERM and Ctrl-C end it, are told in a line, and are exit codes."""
     # While a flow runs, Prefect handles SIGTERM: it records the end and then has the signal handled as before.
     before = signal.signal(signal.SIGTERM, _raise_terminated)
     try:
-        if loaded.gates or not nothing_to_do(store, planned):
-            run_flow(loaded, forced, only)
+        yield
     except KeyboardInterrupt:
         err.print(f"interrupted; {GOES_ON}", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -143,9 +157,6 @@ def run(
         raise typer.Exit(ExitCode.PREEMPTED) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-    out.print()
-    show_results(store, planned)
-    out.print(f"took    {duration(time.monotonic() - began)}")
 
 
 def _raise_terminated(*_: object) -> None:
@@ -172,7 +183,7 @@ def run_flow(config: PipelineConfig, force: tuple[StageName, ...], only: StageNa
         import flows.rlhf
         import flows.single
 
-        _quiet_prefect()
+        quiet_prefect()
         err.print(f"[dim]Prefect: {api.removesuffix('/api')}[/]")
         if only:
             getattr(flows.single, only)(config, only in force)
@@ -180,7 +191,7 @@ def run_flow(config: PipelineConfig, force: tuple[StageName, ...], only: StageNa
             flows.rlhf.rlhf(config, force)
 
 
-def _quiet_prefect() -> None:
+def quiet_prefect() -> None:
     """Keep Prefect's own lines off the terminal, where we report; they still go to its server."""
 
     def of_interest(record: logging.LogRecord) -> bool:
@@ -237,6 +248,7 @@ app.command()(status)
 app.command()(up)
 app.command()(down)
 app.command()(resume)
+app.command()(sweep)
 app.command("deploy")(deploy_command)
 app.command("automations")(automations_command)
 

@@ -25,7 +25,7 @@ from rlhf_core.specs import STAGES
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "deployments" / "prefect.yaml"
 POOL = "rlhf"
-DEPLOYMENTS = ("rlhf/pipeline", *(f"rlhf-{stage}/{stage}" for stage in STAGES))
+DEPLOYMENTS = ("rlhf/pipeline", *(f"rlhf-{stage}/{stage}" for stage in STAGES), "rlhf-sweep/sweep")
 
 
 class DeployError(RlhfError):
@@ -55,7 +55,7 @@ def deploy(config: str, workdir: Path, limit: int | None = None) -> dict[str, st
         _write_deployments(config, workdir)
         for name, schedules in before.items():
             _put_back(client, name, schedules)
-    return automations.install()
+    return automations.install(automations.automations())
 
 
 def _make_pool(client: SyncPrefectClient, limit: int | None) -> None:

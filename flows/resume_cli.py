@@ -114,6 +114,10 @@ def asked_of(flow: str, parameters: Mapping[str, Any], workdir: Path | None = No
     """
     from flows.parameters import chosen
 
+    if flow == "rlhf-sweep":
+        raise ConfigError(
+            "a sweep goes on by the same `rlhf sweep` again, or by Retry in the UI: what is there is reused"
+        )
     only = flow.removeprefix("rlhf-") if flow.startswith("rlhf-") else None
     if flow != "rlhf" and only not in STAGES:
         raise ConfigError(f"flow {flow!r} is none of this pipeline's: rlhf, or rlhf-STAGE")

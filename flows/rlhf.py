@@ -15,7 +15,7 @@ from rlhf_core.artifacts import ArtifactRef
 from rlhf_core.plan import StagePlan
 from rlhf_core.specs import StageName
 from rlhf_core.store import Store
-from tasks.report import report
+from tasks.report import PipelineReport
 from tasks.stage import run_planned
 
 
@@ -41,21 +41,18 @@ def rlhf(
     plan: dict[StageName, StagePlan] = {
         planned.stage: planned for planned in plan_to_run(config, Store(config.store), force)
     }
-    stage = partial(run_planned, config, plan, force)
     preferences: dict[StageName, ArtifactRef]  # what learns from them: a reward model and PPO, or DPO at once
-
-    data = stage("data")
-    sft = stage("sft", data=data)
-    if config.method == "dpo":
-        preferences = {"dpo": stage("dpo", data=data, sft=sft)}
-    elif config.ppo.uses_reward_model:
-        reward = stage("reward", data=data, sft=sft)
-        ppo = stage("ppo", data=data, sft=sft, reward=reward)
-        preferences = {"reward": reward, "ppo": ppo}
-    else:  # functions or endpoints score the answers
-        preferences = {"ppo": stage("ppo", data=data, sft=sft)}
-    evaluate = stage("evaluate", data=data, sft=sft, **preferences)
-
-    refs: dict[StageName, ArtifactRef] = {"data": data, "sft": sft, **preferences, "evaluate": evaluate}
-    report(config, plan, refs)
-    return refs
+    with PipelineReport(config, plan) as report:
+        stage = report.watch(partial(run_planned, config, plan, force))
+        data = stage("data")
+        sft = stage("sft", data=data)
+        if config.method == "dpo":
+            preferences = {"dpo": stage("dpo", data=data, sft=sft)}
+        elif config.ppo.uses_reward_model:
+            reward = stage("reward", data=data, sft=sft)
+            ppo = stage("ppo", data=data, sft=sft, reward=reward)
+            preferences = {"reward": reward, "ppo": ppo}
+        else:  # functions or endpoints score the answers
+            preferences = {"ppo": stage("ppo", data=data, sft=sft)}
+        evaluate = stage("evaluate", data=data, sft=sft, **preferences)
+    return {"data": data, "sft": sft, **preferences, "evaluate": evaluate}

@@ -4,14 +4,17 @@ The same task as in `flows.rlhf`, on inputs that are published already; nothing 
 cluster where stages have deployments (and so work pools) of their own, and for `rlhf run --stage`.
 """
 
+from functools import partial
+
 from prefect import Flow, flow
 
 from flows.parameters import ConfigForm, chosen, run_name
 from flows.selection import plan_to_run
 from rlhf_core.artifacts import ArtifactRef
+from rlhf_core.plan import StagePlan
 from rlhf_core.specs import StageName
 from rlhf_core.store import Store
-from tasks.report import report
+from tasks.report import PipelineReport
 from tasks.stage import run_planned
 
 
@@ -36,8 +39,9 @@ def single(stage: StageName) -> Flow[..., dict[StageName, ArtifactRef]]:
         config = chosen(config, config_file, overrides)
         forced = (stage,) if force else ()
         [planned] = plan_to_run(config, Store(config.store), forced, only=stage)
-        ref = run_planned(config, {stage: planned}, forced, stage, **planned.inputs)
-        report(config, {stage: planned}, {stage: ref})
+        plan: dict[StageName, StagePlan] = {stage: planned}
+        with PipelineReport(config, plan) as report:
+            ref = report.watch(partial(run_planned, config, plan, forced))(stage, **planned.inputs)
         return {stage: ref}
 
     return run

@@ -98,12 +98,21 @@ def deploy_command(
     _show_automations(done)
 
 
-def automations_command() -> None:
-    """Create or update the automations on the Prefect server of PREFECT_API_URL: dead runs are marked, and started again."""
-    _require_server()
-    from flows.automations import install
+def automations_command(
+    notify: Annotated[
+        Path | None,
+        typer.Option("--notify", metavar="FILE", help="who is told of what, as in deployments/notifications.yaml"),
+    ] = None,
+) -> None:
+    """Create or update the automations on the Prefect server of PREFECT_API_URL.
 
-    _show_automations(install())
+    Dead runs are marked and started again; with [bold]--notify[/], webhooks and messages go out when runs fail or gates fire.
+    """
+    _require_server()
+    from flows import automations, notifications
+
+    told = notifications.install(notifications.load_notifications(notify)) if notify else {}
+    _show_automations({**automations.install(automations.automations()), **told})
 
 
 def show_stack(stack: Stack) -> bool:

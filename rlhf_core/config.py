@@ -151,6 +151,15 @@ def config_of(text: bytes, where: str, overrides: Iterable[str] = ()) -> Pipelin
         raise ConfigError(f"{where}: not YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{where}: must be a mapping of fields, is a {type(raw).__name__}")
+    return _overridden(raw, where, overrides)
+
+
+def changed(config: PipelineConfig, overrides: Iterable[str], where: str = "configuration") -> PipelineConfig:
+    """A configuration with overrides like `ppo.kl_coef=0.1` on top of it, checked anew; ConfigError on anything wrong."""
+    return _overridden(config.model_dump(mode="json", exclude_unset=True), where, overrides)
+
+
+def _overridden(raw: dict[str, Any], where: str, overrides: Iterable[str]) -> PipelineConfig:
     for override in overrides:
         refuse_credentials_in({f"--set {override.partition('=')[0]}": override.partition("=")[2]})
         _apply(raw, override)

@@ -38,9 +38,9 @@ def draw_curve(path: Path, stage: str, name: str, lines: Sequence[Series]) -> No
     for line in lines:
         (_draw_train if line.kind == "train" else _draw_eval)(axes, line)
     if shown.log and min(line.value.min() for line in lines) > 0:
-        _log_scale(axes)
+        log_scale(axes)
     else:
-        _frame(axes, shown)
+        frame(axes, shown)
     axes.set_ylabel(shown.unit, fontsize=8.5)
     axes.set_xlabel("rollout" if stage == "ppo" else "step", fontsize=8.5, loc="left")
     figure.text(0.02, 0.94, shorten(shown.title, 36), fontsize=10, fontweight="bold", color=INK, va="center")
@@ -109,15 +109,15 @@ def label(model: str) -> str:
 
 
 def _draw_train(axes: Axes, line: Series) -> None:
-    step, value = _thinned(line.step), _thinned(line.value)
+    step, value = thinned(line.step), thinned(line.value)
     if line.low is not None and line.high is not None:
-        low, high = _thinned(line.low), _thinned(line.high)
+        low, high = thinned(line.low), thinned(line.high)
         axes.fill_between(step, low, high, color=BLUE, alpha=0.15, linewidth=0, label=line.band, zorder=2)
     if not is_rough(value):
         marker = "o" if len(step) <= FEW_POINTS else ""
         axes.plot(step, value, color=BLUE, linewidth=1.8, marker=marker, markersize=3, label="train", zorder=3)
         return
-    window = _window(len(step))
+    window = smoothing(len(step))
     points = window * math.ceil(len(line.step) / MOST_POINTS)
     axes.plot(step, value, color=BLUE, linewidth=0.7, alpha=0.5, label="train", zorder=2)
     mean = moving_mean(value, window)
@@ -126,13 +126,13 @@ def _draw_train(axes: Axes, line: Series) -> None:
 
 def _change(line: Series) -> str:
     """First and last value, smoothed where the line is."""
-    value = _thinned(line.value)
+    value = thinned(line.value)
     if line.kind == "train" and is_rough(value):
-        value = moving_mean(value, _window(len(value)))
+        value = moving_mean(value, smoothing(len(value)))
     return number(value[-1]) if len(value) == 1 else f"{number(value[0])} → {number(value[-1])}"
 
 
-def _window(points: int) -> int:
+def smoothing(points: int) -> int:
     """Width of the moving mean, odd: a twentieth of the line."""
     return max(3, points // 20) | 1
 
@@ -147,14 +147,15 @@ def _draw_eval(axes: Axes, line: Series) -> None:
         axes.errorbar(line.step, line.value, ends, fmt="none", ecolor=ORANGE, elinewidth=1.1, capsize=2.5, zorder=4)
 
 
-def _thinned(values: np.ndarray) -> np.ndarray:
+def thinned(values: np.ndarray) -> np.ndarray:
+    """At most `MOST_POINTS` of a line's points, means of groups where there are more."""
     group = math.ceil(len(values) / MOST_POINTS)
     if group == 1:
         return values
     return np.array([values[i : i + group].mean() for i in range(0, len(values), group)])
 
 
-def _frame(axes: Axes, shown: Known) -> None:
+def frame(axes: Axes, shown: Known) -> None:
     """The guide line where it is near the data, and the part of the y axis worth seeing."""
     low, high = axes.get_ylim()
     middle = (low + high) / 2
@@ -170,7 +171,8 @@ def _frame(axes: Axes, shown: Known) -> None:
         axes.set_ylim(low, high)
 
 
-def _log_scale(axes: Axes) -> None:
+def log_scale(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

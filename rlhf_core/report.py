@@ -198,14 +198,14 @@ def _bars(plots: Path, models: Mapping[str, Mapping[str, Any]]) -> str:
     scored = {m: [v["reward"]] for m, v in models.items() if v.get("reward")}
     if scored:
         draw_bars(plots / "reward.png", "Reward model's score", ["score"], scored)
-        html += _image(plots / "reward.png", "Mean score of the reward model for each model, with 95 % intervals")
+        html += image(plots / "reward.png", "Mean score of the reward model for each model, with 95 % intervals")
     parts = {m: v.get("gold_parts", {}) for m, v in models.items() if v.get("gold")}
     if parts:
         names = list(dict.fromkeys(name for values in parts.values() for name in values))
         values = {m: [models[m]["gold"], *(parts[m][name] for name in names)] for m in parts}
         title = "Gold and its parts" if names else "Gold"
         draw_bars(plots / "gold.png", title, ["gold", *names], values)
-        html += _image(plots / "gold.png", "Mean gold and each of its parts for each model, with 95 % intervals")
+        html += image(plots / "gold.png", "Mean gold and each of its parts for each model, with 95 % intervals")
     return html
 
 
@@ -233,8 +233,8 @@ def _table_row(
     """One metric; the base model, often far off, does not decide how many digits the row has."""
     places = decimals(cell["value"] for model, cell in cells.items() if cell and model != "base")
     places = 1 if scale == 100 else places
-    shown = [_estimate(cell, places, scale) for cell in cells.values()]
-    shown.append(_estimate(gain, places, scale, signed=True) if gain else "")
+    shown = [estimate(cell, places, scale) for cell in cells.values()]
+    shown.append(estimate(gain, places, scale, signed=True) if gain else "")
     head = f'<th scope="row">{escape(heading)}<small>{escape(unit)}</small></th>'
     return f'<tr class="{kind}">{head}{"".join(f"<td>{text}</td>" for text in shown)}</tr>'
 
@@ -275,13 +275,13 @@ def _answer(model: str, answer: Mapping[str, Any]) -> str:
 def _curves(plots: Path, stage: str, rows: Sequence[Mapping[str, Any]]) -> str:
     main, aside, folded = "", "", []
     for name in metric_names(stage, rows):
-        path = plots / f"{stage}-{_slug(name)}.png"
+        path = plots / f"{stage}-{slug(name)}.png"
         lines = series_of(rows, name)
         draw_curve(path, stage, name, lines)
         shown = known(stage, name)
         note = f"{escape(shown.note)} " if shown else ""
         last = f"{shown.title if shown else name}, {stage}: last value {number(lines[-1].value[-1])}"
-        figure = f"<figure>{_image(path, last)}<figcaption>{note}<code>{escape(name)}</code></figcaption></figure>"
+        figure = f"<figure>{image(path, last)}<figcaption>{note}<code>{escape(name)}</code></figcaption></figure>"
         if shown and not shown.aside:
             main += figure
         else:
@@ -305,14 +305,15 @@ def _lineage(lineage: Sequence[Mapping[str, Any]]) -> str:
         facts = ", ".join(f"{escape(n.replace('_', ' '))} <b>{number(metrics[n])}</b>" for n in names)
         cells = (
             escape(entry["stage"]), f"<code>{escape(entry['id'])}</code>", _when(entry.get("created")),
-            _duration(entry.get("seconds")), facts or "–",
+            duration(entry.get("seconds")), facts or "–",
         )  # fmt: skip
         rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     heads = "".join(f'<th scope="col">{h}</th>' for h in ("Stage", "Artifact", "Created", "Took", "Metrics"))
     return f'<div class="wide"><table class="lineage"><thead><tr>{heads}</tr></thead>{rows}</table></div>'
 
 
-def _estimate(cell: Interval | None, places: int, scale: float = 1, signed: bool = False) -> str:
+def estimate(cell: Interval | None, places: int, scale: float = 1, signed: bool = False) -> str:
+    """A number with its interval in small print."""
     if not cell:
         return "–"
     return f"{fixed(scale * cell['value'], places, signed)}<small>{_range(cell, places, signed, scale)}</small>"
@@ -328,7 +329,8 @@ def _when(created: Any) -> str:
     return escape(text)
 
 
-def _duration(seconds: Any) -> str:
+def duration(seconds: Any) -> str:
+    """A time for people; "–" for none."""
     if not is_number(seconds):
         return "–"
     if seconds < 60:
@@ -337,7 +339,7 @@ def _duration(seconds: Any) -> str:
     return f"{hours} h {minutes % 60:02d} min" if hours else f"{minutes} min {int(seconds) % 60:02d} s"
 
 
-def _image(path: Path, alt: str) -> str:
+def image(path: Path, alt: str) -> str:
     """An image in the page; in a row of images the share of the width follows from its own."""
     png = path.read_bytes()
     width = int.from_bytes(png[16:20], "big")
@@ -345,5 +347,6 @@ def _image(path: Path, alt: str) -> str:
     return f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}" style="flex:{width} 1 {width // 3}px">'
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A metric's name as part of a file's."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "metric"

@@ -7,7 +7,7 @@ the stage again after "go on", and looks at the finished stage's numbers before 
 after gate.wait_hours, or where no server could bring an answer, a question is a stop.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
@@ -41,11 +41,9 @@ from rlhf_core.fired import (
 from rlhf_core.gates import Gate
 from rlhf_core.lease import Lease
 from rlhf_core.plan import StagePlan
-from rlhf_core.specs import StageName
 from rlhf_core.store import Store
 from tasks.events import emit_gate
 from tasks.progress import Logger, Progress, say
-from tasks.report import report
 
 POLL_SECONDS = 5  # between two looks whether somebody has answered
 GOES_ON = "the same configuration goes on from there; with a changed or removed gate it gets further"
@@ -135,31 +133,23 @@ def _roll_back(store: Store, lease: Lease, fired: Fired) -> str:
     )
 
 
-def pass_gates(
-    config: PipelineConfig, plan: Mapping[StageName, StagePlan], stage: StageName, run: Callable[[], ArtifactRef]
-) -> ArtifactRef:
+def pass_gates(config: PipelineConfig, planned: StagePlan, run: Callable[[], ArtifactRef]) -> ArtifactRef:
     """Run a stage, again after a person has said "go on", and pass the gates at its end.
 
     Args:
         config: of the pipeline.
-        plan: of the flow run.
-        stage: which.
-        run: the stage's task.
+        planned: the stage.
+        run: its task.
 
     Raises:
-        GateFired: the pipeline is not to go on; its report is written.
+        GateFired: the pipeline is not to go on.
     """
-    own = [gate for gate in config.gates if gate.stage == stage]
+    own = [gate for gate in config.gates if gate.stage == planned.stage]
     if not own:
         return run()
     store = Store(config.store)
-    try:
-        ref = _run_until_done(store, plan[stage], run)
-        _pass_end(store, plan[stage], own)
-    except GateFired:
-        begun = list(plan)[: list(plan).index(stage) + 1]
-        report(config, plan, {name: plan[name].ref for name in begun})
-        raise
+    ref = _run_until_done(store, planned, run)
+    _pass_end(store, planned, own)
     return ref
 
 

@@ -6,9 +6,11 @@ with the few numbers that the events carry. Plots are PNGs inside the text, opaq
 what would make the text larger than `MOST_BYTES` is left out and named. No Prefect here; `tasks.progress` sends it.
 """
 
+import atexit
 import base64
 import json
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -28,6 +30,11 @@ MOST_CHECKPOINTS = 10
 MOST_ANSWERS = 4
 ANSWERS_TAIL = 1 << 16  # bytes of answers.jsonl that are read
 MOST_EVENTS = 2000  # rows that are kept of the job's events
+
+# A thread that draws when the interpreter ends is cut off inside C++, which aborts the process. So its end waits for the drawing
+# at hand, and keeps the lock, so that none begins after it.
+_drawing = threading.Lock()
+atexit.register(_drawing.acquire, timeout=30)
 
 Row = Mapping[str, Any]
 # What a person looks at first; the others follow in the order of the report's pages while there is room.
@@ -140,7 +147,8 @@ def _curves(stage: StageName, rows: Sequence[Row], room: int) -> str:
     names = [n for n in names if any(len(line.step) > 1 for line in series_of(rows, n))]
     if not names:
         return ""
-    from rlhf_core.plots import draw_curve
+    with _drawing:
+        from rlhf_core.plots import draw_curve
 
     names.sort(key=lambda n: FIRST.index(n) if n in FIRST else len(FIRST))
     text, left_out = "\n## Curves\n\n", []
@@ -148,7 +156,8 @@ def _curves(stage: StageName, rows: Sequence[Row], room: int) -> str:
         for i, name in enumerate(names):
             path = Path(folder) / f"{i}.png"
             if not left_out:  # what comes after the first that has no room is less worth than it
-                draw_curve(path, stage, name, series_of(rows, name))
+                with _drawing:
+                    draw_curve(path, stage, name, series_of(rows, name))
                 image = f"![{name}](data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()})\n"
                 if len(text) + len(image) + 2000 < room:
                     text += image

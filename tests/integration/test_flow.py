@@ -1,6 +1,7 @@
 """The flow on a real Prefect server, with real processes, guard and store; only what a job runs is quick_stage.py."""
 
 import hashlib
+import json
 import os
 import platform
 import signal
@@ -851,6 +852,7 @@ def test_a_gate_that_rolls_back_removes_what_was_saved_since_the_first_bad_step(
     assert manifest.provenance["job"]["resumed"] == [{"attempt": 1, "from": "step 2"}]
 
 
+@pytest.mark.slow
 def test_with_nothing_saved_before_the_first_bad_step_nothing_is_rolled_back(server, config, store, orders):
     (orders / "sft").write_text("log loss 9 9 hold")
     gate = {"stage": "sft", "metric": "loss", "above": 5, "during": True, "action": "roll_back"}
@@ -859,6 +861,7 @@ def test_with_nothing_saved_before_the_first_bad_step_nothing_is_rolled_back(ser
     assert len(marker_keys(store, make_plan(config, store)[1].ref)) == 2
 
 
+@pytest.mark.slow
 def test_a_gate_that_came_too_late_to_end_the_job_keeps_the_next_stage_from_beginning(server, config, store, orders):
     from flows.rlhf import rlhf
 
@@ -906,7 +909,10 @@ def test_a_gate_between_stages_keeps_what_is_finished_and_the_next_stage_from_be
     assert [attempts(store, stage) for stage in STAGES] == [1, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize(("decision", "told"), [("stop", "has answered: stop"), (None, "Nobody has answered")])
+@pytest.mark.parametrize(
+    ("decision", "told"),
+    [("stop", "has answered: stop"), pytest.param(None, "Nobody has answered", marks=pytest.mark.slow)],
+)
 def test_between_stages_a_person_may_stop_and_so_does_nobodys_answer(
     server, config, store, orders, monkeypatch, decision, told
 ):
@@ -939,6 +945,48 @@ def test_where_no_server_could_bring_an_answer_a_question_is_a_stop_at_once(conf
             gates._ask(store, make_plan(config, store)[1], GateFired(fired, "It is finished."))
 
 
+# --- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_builds_shared_stages_once_and_a_variant_that_fails_stops_no_other(server, config, store, orders):
+    """The comparison is written all the same, and the next time all that is there is reused."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+    from flows.sweep import SweepFailed, sweep
+
+    grid = ("ppo.kl_coef=0.05,0.1",)
+    (orders / "ppo").write_text("exit 3")
+    with pytest.raises(SweepFailed, match=r"1 of 2 variants failed: 1 \(ppo.kl_coef=0.05\): ppo") as failure:
+        sweep(config, grid)
+    assert failure.value.exit_code == 1
+    assert [attempts(store, stage) for stage in STAGES] == [1, 1, 1, 2, 1]
+    [page] = [key for key in store.list("sweeps") if key.endswith("/report.html")]
+    assert "failed: ppo" in store.read(page).decode()
+    place = Path(sweep(config, grid))
+    assert [attempts(store, stage) for stage in STAGES] == [1, 1, 1, 3, 2]
+    assert place == store.local_path(page) and "failed: ppo" not in place.read_text()
+    made = json.loads((place.parent / "sweep.json").read_text())
+    assert [variant["label"] for variant in made["variants"]] == ["ppo.kl_coef=0.05", "ppo.kl_coef=0.1"]
+    assert [(stage["stage"], stage["how"], stage["variants"]) for stage in made["stages"]] == [
+        *((stage, "reused", [1, 2]) for stage in ("data", "sft", "reward")),
+        ("ppo", "built", [1]), ("ppo", "reused", [2]), ("evaluate", "built", [1]), ("evaluate", "reused", [2]),
+    ]  # fmt: skip
+    shown = ArtifactFilter(key=ArtifactFilterKey(any_=["rlhf-sweep"]))
+    with get_client(sync_client=True) as client:
+        texts = [str(artifact.data) for artifact in client.read_artifacts(artifact_filter=shown)]
+    assert sum(f"`{place}`" in text for text in texts) == 2
+
+
+def test_when_a_shared_stage_fails_it_is_not_tried_again_for_each_variant(server, config, store, orders):
+    from flows.sweep import SweepFailed, sweep
+
+    (orders / "reward").write_text("exit 3")
+    with pytest.raises(SweepFailed, match="2 of 3 variants failed: 1 "):
+        sweep(config, (), ({"ppo.seed": 1}, {"ppo.seed": 2}, {"method": "dpo"}))
+    assert [attempts(store, stage) for stage in (*STAGES, "dpo")] == [1, 1, 1, 0, 1, 1]
+
+
 # --- reporting -------------------------------------------------------------------------------------------------------
 
 
@@ -959,7 +1007,25 @@ def test_the_run_ends_with_a_report_that_names_every_artifact(server, config):
             sort=ArtifactSort.CREATED_DESC,
         )
     assert all(ref.id in str(reports[0].data) for ref in refs.values())
+    assert "![lineage](data:image/svg+xml;base64," in str(reports[0].data)
     assert "train step 1/2" in str(progress[0].description)
+
+
+def test_the_report_of_a_run_that_failed_says_what_is_done_what_failed_and_what_never_began(server, config, orders):
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+
+    from flows.rlhf import rlhf
+
+    (orders / "reward").write_text("exit 3")
+    with pytest.raises(JobFailed):
+        rlhf(config)
+    ours = FlowRunFilter(name=FlowRunFilterName(any_=[config.name]))
+    with get_client(sync_client=True) as client:
+        [text] = [str(a.data) for a in client.read_artifacts(flow_run_filter=ours) if a.key == "rlhf-report"]
+    states = dict(line.strip("| ").split(" | ")[:2] for line in text.splitlines() if line.startswith("| "))
+    assert states["sft"] == "built" and states["reward"].startswith("failed: reward was told to exit 3")
+    assert states["ppo"] == states["evaluate"] == "waiting"
 
 
 def test_a_reporting_error_is_one_warning_and_the_stage_goes_on(server, config, store, monkeypatch, caplog):

@@ -89,6 +89,11 @@ class Stacked:
         body = {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
         return {task["name"]: task["state_name"] for task in self.call("POST", "/task_runs/filter", body)}
 
+    def artifacts(self, run: str) -> list[dict[str, Any]]:
+        """What the run reports, the newest of each key last."""
+        body = {"flow_runs": {"id": {"any_": [run]}}, "sort": "UPDATED_DESC"}
+        return self.call("POST", "/artifacts/filter", body)[::-1]
+
     def wait_for_state(self, run: str, *names: str, seconds: float = WAIT_SECONDS) -> float:
         """The seconds until the run is in one of the states."""
         return wait(lambda: self.state(run) in names, lambda: f"{self.state(run)}: {self.message(run)}", seconds)
@@ -98,8 +103,8 @@ class Stacked:
     def config(self, *overrides: str) -> PipelineConfig:
         return load_config(CONFIG, overrides)
 
-    def manifest(self, stage: str, *overrides: str) -> Manifest | None:
-        return read_manifest(self.store, stage_refs(self.config(*overrides))[stage])
+    def manifest(self, stage: str, *overrides: str, store: Store | None = None) -> Manifest | None:
+        return read_manifest(store or self.store, stage_refs(self.config(*overrides))[stage])
 
     def step(self, stage: str, *overrides: str) -> int:
         """The step of the newest checkpoint of a stage that is not finished; 0 if it has none."""

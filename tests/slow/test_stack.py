@@ -10,9 +10,13 @@ import urllib.error
 import pytest
 from stacked import CONFIG, Stacked, free_port, kill, wait
 
+from rlhf_core.artifacts import Manifest
+from rlhf_core.store import Store
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 GONE_SECONDS = 30  # what the design promises of a cancelled run's ranks
 LONG = "ppo.steps=40"
+AWAY, AWAY_SECONDS = "ppo.steps=500", 120
 
 
 class Table(list[tuple[str, ...]]):
@@ -204,6 +208,44 @@ def test_down_saves_and_the_next_up_goes_on(stacked, table):
     stacked.wait_for_state(run, "Completed")
     [step] = stacked.resumed("ppo", *sets)
     table.add("`rlhf down`, then `rlhf up`", "Crashed, by the run", seconds(ended), seconds(again), step)
+
+
+@pytest.mark.timeout(1800)
+def test_training_goes_on_while_the_server_is_away_and_ends_with_the_same_bits_and_a_whole_report(stacked, table):
+    sets = (AWAY, "ppo.seed=10")
+    run = stacked.start(*sets)
+    stacked.wait_for_step(3, "ppo", *sets)
+    kill(stacked.part("server"))
+    began = stacked.step("ppo", *sets)
+    time.sleep(AWAY_SECONDS)
+    ended = stacked.step("ppo", *sets)
+    assert ended > began and not stacked.manifest("ppo", *sets), "PPO is too short for this test"
+    said = stacked.rlhf("up", str(CONFIG))
+    assert "server: had died" in said and "has lost its process" not in said
+    stacked.wait_for_state(run, "Completed", seconds=900)
+    assert stacked.starts(run) == 1
+    reports = {each["key"]: each for each in stacked.artifacts(run)}
+    assert reports["rlhf-ppo-progress"]["data"] == 100
+    assert "**built**" in reports["rlhf-ppo-report"]["data"]
+    assert "![score]" in reports["rlhf-ppo-report"]["data"]
+    assert (
+        "| ppo | built |" in reports["rlhf-report"]["data"] and "| evaluate | built |" in reports["rlhf-report"]["data"]
+    )
+
+    elsewhere = Store(f"file://{stacked.folder}/undisturbed")
+    again = stacked.start(*sets, f"store={elsewhere.url}")
+    stacked.wait_for_state(again, "Completed", seconds=900)
+    disturbed, undisturbed = stacked.manifest("ppo", *sets), stacked.manifest("ppo", *sets, store=elsewhere)
+    assert disturbed and undisturbed
+    assert weights(disturbed) == weights(undisturbed)
+    what = f"kill -9 of the server, `rlhf up` {AWAY_SECONDS} s later"
+    on = f"undisturbed, the same bits (steps {began} to {ended} without a server)"
+    table.add(what, "Completed, by itself", "", on, "")
+
+
+def weights(manifest: Manifest) -> dict[str, str]:
+    """The digests of a stage's weights."""
+    return {entry.path: entry.sha256 for entry in manifest.files if entry.path.endswith(".safetensors")}
 
 
 # --- what a person asks for ------------------------------------------------------------------------------------------

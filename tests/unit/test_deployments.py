@@ -39,7 +39,7 @@ def settings_known_to_prefect() -> set[str]:
 # --- prefect.yaml ----------------------------------------------------------------------------------------------------
 
 
-def test_the_pipeline_and_every_stage_have_a_deployment_whose_entrypoint_is_their_flow():
+def test_the_pipeline_every_stage_and_sweeps_have_a_deployment_whose_entrypoint_is_their_flow():
     from prefect.flows import load_flow_from_entrypoint
 
     from flows.deploy import DEPLOYMENTS as NAMES
@@ -49,7 +49,7 @@ def test_the_pipeline_and_every_stage_have_a_deployment_whose_entrypoint_is_thei
         flow = load_flow_from_entrypoint(deployment["entrypoint"], use_placeholder_flow=False)
         found[deployment["name"]] = f"{flow.name}/{deployment['name']}"
     assert tuple(found.values()) == NAMES
-    assert list(found) == ["pipeline", *STAGES]
+    assert list(found) == ["pipeline", *STAGES, "sweep"]
 
 
 def test_no_deployment_has_a_limit_of_its_own_and_no_run_writes_to_its_worker():

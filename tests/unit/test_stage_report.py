@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -152,3 +154,23 @@ def test_cost_is_shown_only_with_a_price_and_waiting_for_another_run_costs_nothi
     assert free.describe() == "1 h 00 min left  4 process-hours"
     assert priced.describe() == "1 h 00 min left  4 process-hours  cost 10.00"
     assert priced.describe(ended=True) == "4 process-hours  cost 10.00"
+
+
+DRAWS = """
+import threading, time
+from tasks.stage_report import Stored, stage_text
+rows = [{"kind": "train", "step": i, "loss": float(i % 7), "score": float(i % 5)} for i in range(200)]
+drawn = threading.Event()
+def draw():
+    while True:
+        stage_text("ppo", "", "", rows, Stored(), "")
+        drawn.set()
+threading.Thread(target=draw, daemon=True).start()
+drawn.wait()
+"""
+
+
+@pytest.mark.parametrize("late", [0.0, 0.07, 0.13])
+def test_a_process_that_ends_while_a_thread_draws_is_not_aborted(late):
+    done = subprocess.run([sys.executable, "-c", f"{DRAWS}\ntime.sleep({late})"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

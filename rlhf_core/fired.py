@@ -56,7 +56,7 @@ class Fired(Frozen):
             "bound": self.gate.bound,
             "action": self.gate.action,
             "step": self.step,
-            "sentence": self.sentence,
+            "text": self.sentence,
         }
 
 

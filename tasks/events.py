@@ -35,7 +35,7 @@ def emit(
 def emit_gate(
     planned: StagePlan, log: "logging.Logger | logging.LoggerAdapter[Any]", payload: Mapping[str, Any]
 ) -> None:
-    """Emit `rlhf.gate.fired`; `payload`: gate, metric, value, bound, action, step and the sentence for people."""
+    """Emit `rlhf.gate.fired`; `payload`: gate, metric, value, bound, action, step, and text for people."""
     _emit("rlhf.gate.fired", planned, log, payload)
 
 

@@ -7,7 +7,7 @@ the stage again after "go on", and looks at the finished stage's numbers before 
 after gate.wait_hours, or where no server could bring an answer, a question is a stop.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
@@ -41,7 +41,6 @@ from rlhf_core.fired import (
 from rlhf_core.gates import Gate
 from rlhf_core.lease import Lease
 from rlhf_core.plan import StagePlan
-from rlhf_core.specs import StageName
 from rlhf_core.store import Store
 from tasks.events import emit_gate
 from tasks.progress import Logger, Progress, say
@@ -74,6 +73,7 @@ class Watch:
         own = [gate for gate in config.gates if gate.stage == planned.stage and gate.during]
         self._live = LiveGates(gate for gate in own if gate.digest not in _waived(store, planned.ref, own))
         self._planned, self._log, self._progress = planned, log, progress
+        self._kept = 0  # how many of those that have fired are recorded
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Take an event of the job. GateFired: the job is to end."""
@@ -98,8 +98,9 @@ class Watch:
                 self._log.warning("%s: %s", self._planned.stage, sentence)
         finally:
             with suppress(StoreError):  # the log and the event have it too
-                for fired in self._live.fired:
+                for fired in self._live.fired[self._kept :]:
                     write_fired(store, lease.job.output, lease.job.attempt, fired)
+                    self._kept += 1
 
 
 def _stopped(store: Store, lease: Lease) -> str:
@@ -132,26 +133,23 @@ def _roll_back(store: Store, lease: Lease, fired: Fired) -> str:
     )
 
 
-def pass_gates(
-    config: PipelineConfig, plan: Mapping[StageName, StagePlan], stage: StageName, run: Callable[[], ArtifactRef]
-) -> ArtifactRef:
+def pass_gates(config: PipelineConfig, planned: StagePlan, run: Callable[[], ArtifactRef]) -> ArtifactRef:
     """Run a stage, again after a person has said "go on", and pass the gates at its end.
 
     Args:
         config: of the pipeline.
-        plan: of the flow run.
-        stage: which.
-        run: the stage's task.
+        planned: the stage.
+        run: its task.
 
     Raises:
         GateFired: the pipeline is not to go on.
     """
-    own = [gate for gate in config.gates if gate.stage == stage]
+    own = [gate for gate in config.gates if gate.stage == planned.stage]
     if not own:
         return run()
     store = Store(config.store)
-    ref = _run_until_done(store, plan[stage], run)
-    _pass_end(store, plan[stage], [gate for gate in own if not gate.during])
+    ref = _run_until_done(store, planned, run)
+    _pass_end(store, planned, own)
     return ref
 
 
@@ -167,12 +165,12 @@ def _run_until_done(store: Store, planned: StagePlan, run: Callable[[], Artifact
 
 def _pass_end(store: Store, planned: StagePlan, gates: Sequence[Gate]) -> None:
     """Look at a finished stage's numbers. GateFired: the next stage is not to begin."""
-    manifest = read_manifest(store, planned.ref) if gates else None
+    manifest = read_manifest(store, planned.ref)
     if manifest is None:
         return
     log, waived = get_run_logger(), _waived(store, planned.ref, gates)
-    hard: list[Fired] = []
-    for gate in gates:
+    hard = _overtaken(store, manifest, gates)
+    for gate in (gate for gate in gates if not gate.during):
         fired, trouble = judge(store, manifest, gate)
         if trouble:
             log.warning("%s: %s", planned.stage, trouble)
@@ -191,6 +189,14 @@ def _pass_end(store: Store, planned: StagePlan, gates: Sequence[Gate]) -> None:
         if not error.asks:
             raise error
         _ask(store, planned, error)
+
+
+def _overtaken(store: Store, manifest: Manifest, gates: Sequence[Gate]) -> list[Fired]:
+    """What should have ended the job that made an artifact, but came so late that the job had finished before it was told."""
+    live = {gate.digest: gate for gate in gates if gate.during and gate.action != "warn"}
+    known = read_fired(store, manifest.ref, manifest.attempt) if live else []
+    standing = [fired for fired in known if fired.gate.digest in live and fired.answer != "go on"]
+    return [fired.model_copy(update={"gate": live[fired.gate.digest]}) for fired in standing]
 
 
 def judge(store: Store, manifest: Manifest, gate: Gate) -> tuple[Fired | None, str | None]:
@@ -213,9 +219,7 @@ def _ask(store: Store, planned: StagePlan, error: GateFired) -> None:
             error.attempt,
         )
     place = url_for("flow-run", obj_id=flow_run.id) or "Prefect's UI"
-    line = f"{fired.sentence}; waiting up to {hours:g} h for a person: {place}, button Resume"
-    get_run_logger().warning(line)
-    say(line)
+    get_run_logger().warning("%s; waiting up to %g h for a person: %s, button Resume", fired.sentence, hours, place)
     text = f"**{fired.sentence}**\n\n{error.more}"
     try:
         answer = pause_flow_run(
@@ -236,9 +240,8 @@ def _ask(store: Store, planned: StagePlan, error: GateFired) -> None:
 
 
 def announce(fired: Fired, planned: StagePlan, log: Logger) -> None:
-    """Tell the run's log, the terminal and Prefect's events that a gate has fired."""
+    """Tell the run's log, which the terminal shows too, and Prefect's events that a gate has fired."""
     log.warning(fired.line)
-    say(f"gate: {fired.line}")
     emit_gate(planned, log, fired.payload)
 
 

@@ -19,7 +19,7 @@ from prefect import get_run_logger
 
 from rlhf_core.artifacts import ArtifactRef, Manifest, read_manifest, retired_before
 from rlhf_core.config import PipelineConfig
-from rlhf_core.fired import Fired, GateFired, read_fired
+from rlhf_core.fired import GateFired, read_fired
 from rlhf_core.lineage_graph import Node, Tone, lineage_markdown
 from rlhf_core.plan import StagePlan
 from rlhf_core.specs import StageName
@@ -45,6 +45,7 @@ class PipelineReport:
         self._store = Store(config.store)
         self._states: dict[StageName, str] = dict.fromkeys(plan, "waiting")
         self._manifests: dict[StageName, Manifest] = {}
+        self._gates: dict[StageName, list[str]] = {}
         self._log = get_run_logger()
         self._known: UUID | None = None
         self._warned = False
@@ -76,8 +77,10 @@ class PipelineReport:
             try:
                 ref = run(stage, **inputs)
             except GateFired:
+                self._note_gates(stage)
                 self._note(stage, self._plan[stage].ref)  # which may be finished all the same
                 raise
+            self._note_gates(stage)
             self._note(stage, ref)
             return ref
 
@@ -85,8 +88,7 @@ class PipelineReport:
 
     def text(self) -> str:
         """The report as it stands, as markdown."""
-        refs = [planned.ref for planned in self._plan.values()]
-        gates = [one.line for ref in refs for one in fired_of(self._store, self._config, ref)]
+        gates = [line for lines in list(self._gates.values()) for line in lines]
         return report_text(self._config, self._plan, dict(self._states), dict(self._manifests), gates)
 
     def _note(self, stage: StageName, ref: ArtifactRef) -> None:
@@ -98,6 +100,17 @@ class PipelineReport:
         if manifest:
             self._manifests[stage] = manifest
             self._tell(stage, done(self._plan[stage], manifest))
+
+    def _note_gates(self, stage: StageName) -> None:
+        """Which of the configuration's gates have fired on a stage; one that fired in several attempts counts as in the last."""
+        own = {gate.digest for gate in self._config.gates if gate.stage == stage}
+        ref = self._plan[stage].ref
+        try:
+            found = read_fired(self._store, ref, retired_before(self._store, ref)) if own else []
+        except Exception as error:
+            self._warn(error)
+            return
+        self._gates[stage] = list({one.gate.digest: one.line for one in found if one.gate.digest in own}.values())
 
     def _tell(self, stage: StageName, state: str) -> None:
         self._states[stage] = state
@@ -155,10 +168,9 @@ def report_text(
     nodes = [_node(plan[s], states[s], manifests.get(s)) for s in plan]
     # Not in the table: the UI cuts what a row has no room for.
     places = "".join(f"{_place(config.store, plan[s], manifests.get(s))}\n" for s in plan)
-    return (
-        f"# {config.name}\n\n{head}{rows}\n\n{gates_text(gates)}\n## Lineage\n\n{lineage_markdown(nodes)}\n"
-        f"## Numbers and places\n\n{places}"
-    )
+    fired = f"{gates_text(gates)}\n" if gates else ""
+    lineage = f"## Lineage\n\n{lineage_markdown(nodes)}\n## Numbers and places\n\n{places}"
+    return f"# {config.name}\n\n{head}{rows}\n\n{fired}{lineage}"
 
 
 def _place(store: str, planned: StagePlan, manifest: Manifest | None) -> str:

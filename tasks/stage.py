@@ -396,4 +396,4 @@ def run_planned(
             raise held
         return result.result()
 
-    return pass_gates(config, plan, stage, run)
+    return pass_gates(config, plan[stage], run)

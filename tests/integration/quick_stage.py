@@ -44,21 +44,21 @@ def save(store: Store, job: JobSpec, step: int) -> None:
 
 
 def log_and_save(context: JobContext, first: int, words: list[str]) -> bool:
-    """Log a metric's value for each step, `kl_sequence 1 2 30`, and save after it; with `hold` at the end, wait to be told to end.
+    """Log a metric's value for each step, `kl_sequence 1 2 30`, and save after it; whether the job is to end then.
 
-    Returns whether it was told.
+    With `hold` or `finish` at the end it waits until it is told to, and then ends or finishes all the same.
     """
     preemption.install()
     name, *values = words
-    hold = values[-1] == "hold"
-    for step, value in enumerate(values[:-1] if hold else values, 1):
+    last = values.pop() if values[-1] in ("hold", "finish") else ""
+    for step, value in enumerate(values, 1):
         if step > first:
             context.log("train", step, {name: float(value)})
             context.progress(step, len(values), "train", {"loss": 2.5})
             save(context.store, context.job, step)
-    while hold and not preemption.requested():
+    while last and not preemption.requested():
         time.sleep(0.05)
-    return hold
+    return last == "hold"
 
 
 def main() -> int:

@@ -728,6 +728,223 @@ def test_resume_goes_on_here_with_a_run_that_no_worker_knows(server, config, ord
         assert all(run.deployment_id is None for run in client.read_flow_runs())
 
 
+# --- gates -----------------------------------------------------------------------------------------------------------
+
+
+def gated(config: PipelineConfig, *gates: dict) -> PipelineConfig:
+    """The same pipeline with gates."""
+    return parse_config({**config.model_dump(), "gates": gates})
+
+
+def run_sft(config: PipelineConfig) -> Manifest:
+    """Run data and sft alone; the manifest of sft."""
+    from flows.single import data, sft
+
+    data(config)
+    manifest = read_manifest(Store(config.store), sft(config)["sft"])
+    assert manifest is not None
+    return manifest
+
+
+def artifact_of(config: PipelineConfig, key: str) -> str:
+    """The newest artifact with this key of this pipeline's runs."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+    from prefect.client.schemas.sorting import ArtifactSort
+
+    ours = FlowRunFilter(name=FlowRunFilterName(any_=[config.name]))
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(flow_run_filter=ours, sort=ArtifactSort.CREATED_DESC)
+    return next(str(artifact.data) for artifact in found if artifact.key == key)
+
+
+def states_of_tasks(config: PipelineConfig, stage: str) -> list[str]:
+    """Names of the states of all tasks of a stage, sorted."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+
+    ours = FlowRunFilter(name=FlowRunFilterName(any_=[config.name]))
+    with get_client(sync_client=True) as client:
+        return sorted(str(t.state_name) for t in client.read_task_runs(flow_run_filter=ours) if t.name == stage)
+
+
+def answer_when_asked(config: PipelineConfig, decision: str, told: list[dict]) -> threading.Thread:
+    """A person at the UI: waits until the run is paused, reads its form, and sends it as the UI does."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+
+    ours = FlowRunFilter(name=FlowRunFilterName(any_=[config.name]))
+
+    def answer() -> None:
+        with get_client(sync_client=True) as client:
+
+            def paused():
+                runs = client.read_flow_runs(flow_run_filter=ours)
+                return [run for run in runs if run.state and run.state.is_paused()]
+
+            [run] = eventually(paused, seconds=120)
+            keyset = run.state.state_details.run_input_keyset
+
+            def form():
+                shown = client._client.get(f"/flow_runs/{run.id}/input/{keyset['schema']}")  # pyright: ignore
+                return shown.json() if shown.status_code == 200 else None
+
+            about = client._client.get(f"/flow_runs/{run.id}/input/{keyset['description']}")  # pyright: ignore
+            told.append({"form": eventually(form), "about": about.text})
+            client._client.post(f"/flow_runs/{run.id}/resume", json={"run_input": {"decision": decision}})  # pyright: ignore
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_gate_that_warns_is_told_by_report_log_and_event_and_the_run_goes_on(server, config, store, orders):
+    from prefect.client.orchestration import get_client
+
+    (orders / "sft").write_text("log loss 9 2 9 9 9")
+    gate = {"stage": "sft", "metric": "loss", "above": 5, "during": True, "for_steps": 2, "after_step": 1}
+    config = gated(config, {**gate, "action": "warn"})
+    ref = run_sft(config).ref
+    assert attempts(store, "sft") == 1
+    sentence = "sft: loss 9 is above 5 at step 4, 2 times in a row (warn)"
+    for key in ("rlhf-sft-report", "rlhf-report"):
+        text = artifact_of(config, key)
+        assert text.count(sentence) == 1 and "## Gates that fired" in text
+    with get_client(sync_client=True) as client:
+
+        def fired():
+            wanted = {"event": {"name": ["rlhf.gate.fired"]}, "any_resource": {"id": ["rlhf.stage.sft"]}}
+            found = client._client.post("/events/filter", json={"filter": wanted, "limit": 50}).json()["events"]  # pyright: ignore
+            return [e["payload"] for e in found if e["payload"]["artifact"] == ref.id]
+
+        [payload] = eventually(fired)
+    wanted = {"stage": "sft", "metric": "loss", "value": 9.0, "bound": 5.0, "action": "warn", "step": 4}
+    assert payload.items() >= wanted.items()
+
+
+def test_a_gate_that_stops_leaves_a_checkpoint_and_with_another_bound_the_stage_goes_on_from_it(
+    server, config, store, orders
+):
+    (orders / "sft").write_text("log loss 2 9 hold\n\n")
+    gate = {"stage": "sft", "metric": "loss", "during": True, "action": "stop"}
+    with pytest.raises(GateFired, match=r"^sft: loss 9 is above 5 at step 2\nStopped, saved at step 2") as raised:
+        run_sft(gated(config, {**gate, "above": 5}))
+    assert raised.value.exit_code == 6
+    assert attempts(store, "sft") == 1, "a stop is not retried"
+    assert eventually(lambda: run_states(config)[1] == {"sft": "Failed", "flow": "Failed"})
+    assert "sft: loss 9 is above 5 at step 2 (stop)" in artifact_of(config, "rlhf-report")
+    manifest = run_sft(gated(config, {**gate, "above": 10}))
+    assert manifest.provenance["job"]["resumed"] == [{"attempt": 1, "from": "step 2"}]
+
+
+def test_a_gate_that_rolls_back_removes_what_was_saved_since_the_first_bad_step(server, config, store, orders):
+    (orders / "sft").write_text("log loss 1 2 9 9 hold\n\n")
+    gate = {"stage": "sft", "metric": "loss", "above": 5, "during": True, "for_steps": 2, "action": "roll_back"}
+    with pytest.raises(GateFired, match=r"Rolled back to step 2 \(attempt 1\): 2 later checkpoints are removed"):
+        run_sft(gated(config, gate))
+    ref = make_plan(config, store)[1].ref
+    assert [key.split("/")[-1] for key in marker_keys(store, ref)] == [
+        "00000002-train-000000.json",
+        "00000001-train-000000.json",
+    ]
+    assert len([key for key in store.list(ref.id) if "/parts/" in key]) == 2
+    manifest = run_sft(config)
+    assert manifest.provenance["job"]["resumed"] == [{"attempt": 1, "from": "step 2"}]
+
+
+@pytest.mark.slow
+def test_with_nothing_saved_before_the_first_bad_step_nothing_is_rolled_back(server, config, store, orders):
+    (orders / "sft").write_text("log loss 9 9 hold")
+    gate = {"stage": "sft", "metric": "loss", "above": 5, "during": True, "action": "roll_back"}
+    with pytest.raises(GateFired, match="not rolled back: no checkpoint from before step 1 is left"):
+        run_sft(gated(config, gate))
+    assert len(marker_keys(store, make_plan(config, store)[1].ref)) == 2
+
+
+@pytest.mark.slow
+def test_a_gate_that_came_too_late_to_end_the_job_keeps_the_next_stage_from_beginning(server, config, store, orders):
+    from flows.rlhf import rlhf
+
+    (orders / "sft").write_text("log loss 2 9 finish")
+    gate = {"stage": "sft", "metric": "loss", "above": 5, "during": True, "action": "stop"}
+    with pytest.raises(GateFired, match="saved at step 2"):
+        run_sft(gated(config, gate))
+    assert [m.ref.stage for m in list_manifests(store)] == ["data"]
+    with pytest.raises(GateFired, match="The sft stage is finished and stays"):
+        rlhf(gated(config, gate))
+    assert [attempts(store, stage) for stage in STAGES] == [1, 1, 0, 0, 0]
+    run_sft(gated(config, {**gate, "above": 10}))
+
+
+def test_a_gate_that_waits_goes_on_from_the_checkpoint_when_a_person_says_so(
+    server, config, store, orders, monkeypatch
+):
+    from tasks import gates
+
+    monkeypatch.setattr(gates, "POLL_SECONDS", 0.3)
+    (orders / "sft").write_text("log loss 2 9 hold\nlog loss 2 9 9 9")
+    config = gated(config, {"stage": "sft", "metric": "loss", "above": 5, "during": True, "action": "wait"})
+    person = answer_when_asked(config, "go on", told := [])
+    manifest = run_sft(config)
+    person.join()
+    assert manifest.provenance["job"]["resumed"] == [{"attempt": 1, "from": "step 2"}]
+    assert told[0]["form"]["properties"]["decision"]["enum"] == ["go on", "stop"]
+    assert "sft: loss 9 is above 5 at step 2" in told[0]["about"] and "saved at step 2" in told[0]["about"]
+    assert "sft: loss 9 is above 5 at step 2 (wait; answered: go on)" in artifact_of(config, "rlhf-report")
+    assert eventually(lambda: states_of_tasks(config, "sft") == ["Completed", "Held"])
+
+
+def test_a_gate_between_stages_keeps_what_is_finished_and_the_next_stage_from_beginning(server, config, store):
+    from flows.rlhf import rlhf
+
+    gate = {"stage": "reward", "metric": "reward.eval_loss", "action": "stop"}
+    with pytest.raises(GateFired, match=r"^reward: eval_loss 1.5 is above 1\nThe reward stage is finished and stays"):
+        rlhf(gated(config, {**gate, "above": 1}))
+    assert {m.ref.stage for m in list_manifests(store)} == {"data", "sft", "reward"}
+    built = dict.fromkeys(("data", "sft", "reward"), "Completed")
+    assert eventually(lambda: run_states(config) == [{**built, "flow": "Failed"}])
+    with pytest.raises(GateFired):
+        rlhf(gated(config, {**gate, "above": 1}))  # reused, and judged all the same
+    rlhf(gated(config, {**gate, "above": 2}))
+    assert [attempts(store, stage) for stage in STAGES] == [1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("decision", "told"),
+    [("stop", "has answered: stop"), pytest.param(None, "Nobody has answered", marks=pytest.mark.slow)],
+)
+def test_between_stages_a_person_may_stop_and_so_does_nobodys_answer(
+    server, config, store, orders, monkeypatch, decision, told
+):
+    from flows.single import data
+    from tasks import gates
+
+    monkeypatch.setattr(gates, "POLL_SECONDS", 0.3)
+    hours = 1 if decision else 1 / 3600
+    gate = {"stage": "data", "metric": "tokens_per_second", "above": 1, "action": "wait", "wait_hours": hours}
+    config = gated(config, {**gate, "metric": "seconds", "above": -1})
+    person = answer_when_asked(config, decision, []) if decision else None
+    with pytest.raises(GateFired, match=told):
+        data(config)
+    if person:
+        person.join()
+    assert attempts(store, "data") == 1
+    assert eventually(lambda: [run["flow"] for run in run_states(config)] == ["Failed"])
+
+
+def test_where_no_server_could_bring_an_answer_a_question_is_a_stop_at_once(config, store):
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from tasks import gates
+
+    gate = Gate(stage="sft", metric="eval_loss", above=1, action="wait")
+    fired = fired_at_end(gate, {"eval_loss": 2.0})
+    assert fired is not None
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        with pytest.raises(GateFired, match="without a Prefect server nobody could answer, so it has stopped"):
+            gates._ask(store, make_plan(config, store)[1], GateFired(fired, "It is finished."))
+
+
 # --- sweeps ----------------------------------------------------------------------------------------------------------
 
 
@@ -768,196 +985,6 @@ def test_when_a_shared_stage_fails_it_is_not_tried_again_for_each_variant(server
     with pytest.raises(SweepFailed, match="2 of 3 variants failed: 1 "):
         sweep(config, (), ({"ppo.seed": 1}, {"ppo.seed": 2}, {"method": "dpo"}))
     assert [attempts(store, stage) for stage in (*STAGES, "dpo")] == [1, 1, 1, 0, 1, 1]
-
-
-# --- gates -----------------------------------------------------------------------------------------------------------
-
-
-def gated(config: PipelineConfig, *gates: dict) -> PipelineConfig:
-    """The same pipeline with gates."""
-    return parse_config({**config.model_dump(), "gates": gates})
-
-
-def artifact_of(config: PipelineConfig, key: str) -> str:
-    """The newest artifact with this key of this pipeline's runs."""
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
-    from prefect.client.schemas.sorting import ArtifactSort
-
-    ours = FlowRunFilter(name=FlowRunFilterName(any_=[config.name]))
-    with get_client(sync_client=True) as client:
-        found = client.read_artifacts(flow_run_filter=ours, sort=ArtifactSort.CREATED_DESC)
-    return next(str(artifact.data) for artifact in found if artifact.key == key)
-
-
-def answer_when_asked(config: PipelineConfig, decision: str, told: list[dict]) -> threading.Thread:
-    """A person at the UI: waits until the run is paused, reads its form, and sends it as the UI does."""
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
-
-    ours = FlowRunFilter(name=FlowRunFilterName(any_=[config.name]))
-
-    def answer() -> None:
-        with get_client(sync_client=True) as client:
-
-            def paused():
-                runs = client.read_flow_runs(flow_run_filter=ours)
-                return [run for run in runs if run.state and run.state.is_paused()]
-
-            [run] = eventually(paused, seconds=120)
-            keyset = run.state.state_details.run_input_keyset
-
-            def form():
-                shown = client._client.get(f"/flow_runs/{run.id}/input/{keyset['schema']}")  # pyright: ignore
-                return shown.json() if shown.status_code == 200 else None
-
-            about = client._client.get(f"/flow_runs/{run.id}/input/{keyset['description']}")  # pyright: ignore
-            told.append({"form": eventually(form), "about": about.text})
-            client._client.post(f"/flow_runs/{run.id}/resume", json={"run_input": {"decision": decision}})  # pyright: ignore
-
-    thread = threading.Thread(target=answer, daemon=True)
-    thread.start()
-    return thread
-
-
-def test_a_gate_that_warns_is_told_by_report_log_and_event_and_the_run_goes_on(server, config, store, orders):
-    from prefect.client.orchestration import get_client
-
-    from flows.rlhf import rlhf
-
-    (orders / "sft").write_text("log loss 9 2 9 9 9")
-    gate = {"stage": "sft", "metric": "loss", "above": 5, "during": True, "for_steps": 2, "after_step": 1}
-    config = gated(config, {**gate, "action": "warn"})
-    refs = rlhf(config)
-    assert list(refs) == list(STAGES) and attempts(store, "sft") == 1
-    sentence = "sft: loss 9 is above 5 at step 4, 2 times in a row (warn)"
-    for key in ("rlhf-sft-report", "rlhf-report"):
-        text = artifact_of(config, key)
-        assert text.count(sentence) == 1 and "## Gates that fired" in text
-    with get_client(sync_client=True) as client:
-
-        def fired():
-            wanted = {"event": {"name": ["rlhf.gate.fired"]}, "any_resource": {"id": ["rlhf.stage.sft"]}}
-            found = client._client.post("/events/filter", json={"filter": wanted, "limit": 50}).json()["events"]  # pyright: ignore
-            return [e["payload"] for e in found if e["payload"]["artifact"] == refs["sft"].id]
-
-        [payload] = eventually(fired)
-    wanted = {"stage": "sft", "metric": "loss", "value": 9.0, "bound": 5.0, "action": "warn", "step": 4}
-    assert payload.items() >= wanted.items()
-
-
-def test_a_gate_that_stops_leaves_a_checkpoint_and_with_another_bound_the_stage_goes_on_from_it(
-    server, config, store, orders
-):
-    from flows.rlhf import rlhf
-
-    (orders / "sft").write_text("log loss 2 9 hold\n\n")
-    gate = {"stage": "sft", "metric": "loss", "during": True, "action": "stop"}
-    with pytest.raises(GateFired, match=r"^sft: loss 9 is above 5 at step 2\nStopped, saved at step 2") as raised:
-        rlhf(gated(config, {**gate, "above": 5}))
-    assert raised.value.exit_code == 6
-    assert [attempts(store, stage) for stage in STAGES] == [1, 1, 0, 0, 0], "a stop is not retried"
-    assert eventually(lambda: run_states(config) == [{"data": "Completed", "sft": "Failed", "flow": "Failed"}])
-    assert "sft: loss 9 is above 5 at step 2 (stop)" in artifact_of(config, "rlhf-report")
-    manifest = read_manifest(store, rlhf(gated(config, {**gate, "above": 10}))["sft"])
-    assert manifest is not None
-    assert manifest.provenance["job"]["resumed"] == [{"attempt": 1, "from": "step 2"}]
-
-
-def test_a_gate_that_rolls_back_removes_what_was_saved_since_the_first_bad_step(server, config, store, orders):
-    from flows.rlhf import rlhf
-
-    (orders / "sft").write_text("log loss 1 2 9 9 hold\n\n")
-    gate = {"stage": "sft", "metric": "loss", "above": 5, "during": True, "for_steps": 2, "action": "roll_back"}
-    with pytest.raises(GateFired, match=r"Rolled back to step 2 \(attempt 1\): 2 later checkpoints are removed"):
-        rlhf(gated(config, gate))
-    ref = make_plan(config, store)[1].ref
-    assert [key.split("/")[-1] for key in marker_keys(store, ref)] == [
-        "00000002-train-000000.json",
-        "00000001-train-000000.json",
-    ]
-    assert len([key for key in store.list(ref.id) if "/parts/" in key]) == 2
-    manifest = read_manifest(store, rlhf(config)["sft"])
-    assert manifest is not None
-    assert manifest.provenance["job"]["resumed"] == [{"attempt": 1, "from": "step 2"}]
-
-
-def test_with_nothing_saved_before_the_first_bad_step_nothing_is_rolled_back(server, config, store, orders):
-    from flows.rlhf import rlhf
-
-    (orders / "sft").write_text("log loss 9 9 hold")
-    gate = {"stage": "sft", "metric": "loss", "above": 5, "during": True, "action": "roll_back"}
-    with pytest.raises(GateFired, match="not rolled back: no checkpoint from before step 1 is left"):
-        rlhf(gated(config, gate))
-    assert len(marker_keys(store, make_plan(config, store)[1].ref)) == 2
-
-
-def test_a_gate_that_waits_goes_on_from_the_checkpoint_when_a_person_says_so(
-    server, config, store, orders, monkeypatch
-):
-    from flows.rlhf import rlhf
-    from tasks import gates
-
-    monkeypatch.setattr(gates, "POLL_SECONDS", 0.3)
-    (orders / "sft").write_text("log loss 2 9 hold\nlog loss 2 9 9 9")
-    config = gated(config, {"stage": "sft", "metric": "loss", "above": 5, "during": True, "action": "wait"})
-    person = answer_when_asked(config, "go on", told := [])
-    manifest = read_manifest(store, rlhf(config)["sft"])
-    person.join()
-    assert manifest is not None
-    assert manifest.provenance["job"]["resumed"] == [{"attempt": 1, "from": "step 2"}]
-    assert told[0]["form"]["properties"]["decision"]["enum"] == ["go on", "stop"]
-    assert "sft: loss 9 is above 5 at step 2" in told[0]["about"] and "saved at step 2" in told[0]["about"]
-    assert "sft: loss 9 is above 5 at step 2 (wait; answered: go on)" in artifact_of(config, "rlhf-report")
-    assert eventually(lambda: [run["flow"] for run in run_states(config)] == ["Completed"])
-
-
-def test_a_gate_between_stages_keeps_what_is_finished_and_the_next_stage_from_beginning(server, config, store):
-    from flows.rlhf import rlhf
-
-    gate = {"stage": "reward", "metric": "reward.eval_loss", "action": "stop"}
-    with pytest.raises(GateFired, match=r"^reward: eval_loss 1.5 is above 1\nThe reward stage is finished and stays"):
-        rlhf(gated(config, {**gate, "above": 1}))
-    assert {m.ref.stage for m in list_manifests(store)} == {"data", "sft", "reward"}
-    built = dict.fromkeys(("data", "sft", "reward"), "Completed")
-    assert eventually(lambda: run_states(config) == [{**built, "flow": "Failed"}])
-    with pytest.raises(GateFired):
-        rlhf(gated(config, {**gate, "above": 1}))  # reused, and judged all the same
-    rlhf(gated(config, {**gate, "above": 2}))
-    assert [attempts(store, stage) for stage in STAGES] == [1, 1, 1, 1, 1]
-
-
-@pytest.mark.parametrize(("decision", "told"), [("stop", "has answered: stop"), (None, "Nobody has answered")])
-def test_between_stages_a_person_may_stop_and_so_does_nobodys_answer(
-    server, config, store, orders, monkeypatch, decision, told
-):
-    from flows.single import data
-    from tasks import gates
-
-    monkeypatch.setattr(gates, "POLL_SECONDS", 0.3)
-    hours = 1 if decision else 1 / 3600
-    gate = {"stage": "data", "metric": "tokens_per_second", "above": 1, "action": "wait", "wait_hours": hours}
-    config = gated(config, {**gate, "metric": "seconds", "above": -1})
-    person = answer_when_asked(config, decision, []) if decision else None
-    with pytest.raises(GateFired, match=told):
-        data(config)
-    if person:
-        person.join()
-    assert attempts(store, "data") == 1
-    assert eventually(lambda: [run["flow"] for run in run_states(config)] == ["Failed"])
-
-
-def test_where_no_server_could_bring_an_answer_a_question_is_a_stop_at_once(config, store):
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    from tasks import gates
-
-    gate = Gate(stage="sft", metric="eval_loss", above=1, action="wait")
-    fired = fired_at_end(gate, {"eval_loss": 2.0})
-    assert fired is not None
-    with temporary_settings(restore_defaults={PREFECT_API_URL}):
-        with pytest.raises(GateFired, match=r"nobody could answer, so it has stopped\. Use `rlhf run`"):
-            gates._ask(store, make_plan(config, store)[1], GateFired(fired, "It is finished."))
 
 
 # --- reporting -------------------------------------------------------------------------------------------------------

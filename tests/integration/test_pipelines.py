@@ -1,5 +1,7 @@
 """Pipelines other than the demo's, whole and tiny, through the real launcher: DPO, and PPO on a Python function's reward."""
 
+import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,8 @@ from huggingface_hub import ModelCard
 
 from rlhf_core.artifacts import Manifest
 from rlhf_core.config import PipelineConfig, parse_config
+from rlhf_core.fired import values_of
+from rlhf_core.gates import FINAL, LIVE
 from rlhf_core.plan import make_plan
 from rlhf_core.store import Store
 from tasks.stage import build_stage
@@ -45,12 +49,29 @@ def run(config: PipelineConfig) -> dict[str, Manifest]:
     return {planned.stage: build_stage(store, config, planned).manifest for planned in make_plan(config, store)}
 
 
+def unknown_to_gates(config: PipelineConfig, made: dict[str, Manifest]) -> list[str]:
+    """Numbers of these stages, logged or final, on which no gate could be set."""
+    found: list[str] = []
+    for stage, manifest in made.items():
+        final = [name for name, value in manifest.metrics.items() if isinstance(value, int | float)]
+        found += [f"{stage} {name}" for name in final if not is_known(FINAL[stage], name)]
+        rows = Store(config.store).read(manifest.key("metrics.jsonl")).splitlines() if stage in LIVE else []
+        logged = {name for row in rows for name in values_of(json.loads(row))}
+        found += [f"{stage} logs {name}" for name in sorted(logged) if not is_known(LIVE[stage], name)]
+    return found
+
+
+def is_known(names: str, name: str) -> bool:
+    return any(fnmatchcase(name, known) for known in names.split())
+
+
 def files(manifest: Manifest) -> set[str]:
     return {entry.path for entry in manifest.files}
 
 
 def test_dpo_learns_from_the_pairs_and_is_evaluated_and_carded(folder):
-    made = run(pipeline(folder, method="dpo"))
+    made = run(config := pipeline(folder, method="dpo"))
+    assert unknown_to_gates(config, made) == []
     assert list(made) == ["data", "sft", "dpo", "evaluate"]
     assert {"model/config.json", "model/README.md", "metrics.jsonl"} <= files(made["dpo"])
     metrics = made["evaluate"].metrics
@@ -72,6 +93,7 @@ def test_ppo_on_a_function_needs_no_reward_model_and_its_average_is_evaluated(fo
     ppo = {"steps": 3, "rollout_batch_size": 8, "rewards": rewards, "ema": {"decay": 0.5}, "snapshot_every": 2}
     config = pipeline(folder, ppo={**ppo, "max_response_tokens": 8})
     made = run(config)
+    assert unknown_to_gates(config, made) == []
     assert list(made) == ["data", "sft", "ppo", "evaluate"]
     assert Store(config.store).read(f"{made['ppo'].ref.id}/attempts/0001/code/00-judge.py") == judge.read_bytes()
     models = {"actor", "actor_ema", "snapshots/step-000002"}

@@ -21,6 +21,7 @@ import typer
 from rich.markup import escape
 
 from flows.artifacts_cli import artifacts
+from flows.branch_cli import branch
 from flows.evaluation import EvalFailed, Set, StoreOption, evaluate
 from flows.logs_cli import logs
 from flows.node_cli import node
@@ -88,6 +89,7 @@ def _root(
       rlhf run quickstart.yaml --set ppo.kl_coef=0.2
       rlhf run quickstart.yaml --set method=dpo
       rlhf sweep quickstart.yaml --grid ppo.kl_coef=0.02,0.1
+      rlhf branch quickstart.yaml --at-step 40 --set ppo.kl_coef=0.1
       rlhf status --watch                  what runs, how far it is, what there is
       rlhf logs quickstart.yaml ppo -f     a stage's log, as it comes
       rlhf artifacts list                  what the store holds
@@ -249,6 +251,7 @@ app.command()(up)
 app.command()(down)
 app.command()(resume)
 app.command()(sweep)
+app.command()(branch)
 app.command("deploy")(deploy_command)
 app.command("automations")(automations_command)
 

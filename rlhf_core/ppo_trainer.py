@@ -131,6 +131,8 @@ class DeepSpeedPPOTrainer:
             raise ConfigError(f"checkpoint: has no {missing[0]}; it cannot be resumed")
         for name in RECORDED:
             setattr(self, name, record[name])
+        if self.spec.kl_controller == "fixed":
+            self.kl_coef = self.spec.kl_coef  # a branch may have another than what it leaves
 
     def _scored(self) -> None:
         self.tell()

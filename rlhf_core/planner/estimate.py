@@ -1,13 +1,13 @@
 """A pipeline on given hardware: for each stage its models' bytes, each phase's bytes, operations and seconds, and whether it fits.
 
-Rows are taken at their longest (`data.max_prompt_tokens`, `max_response_tokens`), so memory is that of the worst batch and time an upper
-bound where rows are shorter. A rank's peak is what all models keep, and the phase that adds most. Not planned: the data and
-evaluation stages, saving, start-up, and weights in four bits.
+Rows are taken at their longest (`data.max_prompt_tokens`, `max_response_tokens`), so memory is that of the worst batch, and time
+an upper bound where rows are shorter. A rank's peak is what all models keep, and the phase that adds most. Not planned: the data
+and evaluation stages, start-up, saving and checkpoints, and weights in four bits.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf_core.config import PipelineConfig
 from rlhf_core.errors import ConfigError
@@ -17,7 +17,7 @@ from rlhf_core.planner.memory import Batch, Model, states
 from rlhf_core.planner.phases import Phase, ppo_phases, training_phases
 from rlhf_core.planner.shapes import Shape
 from rlhf_core.resources import ModelRole, Resources
-from rlhf_core.specs import LoRASpec, StageName
+from rlhf_core.specs import LoRASpec, Precision, StageName
 
 PLANNED: tuple[StageName, ...] = ("sft", "reward", "ppo", "dpo")
 
@@ -120,7 +120,7 @@ def stage_models(config: PipelineConfig, stage: StageName, shapes: Shapes) -> li
     model = _model("model", whole, stage == "reward", resources, spec.precision, getattr(spec, "lora", None))
     layers = config.reward.train_layers if stage == "reward" else None
     if layers:
-        model = _with_trained(model, min(layers, whole.layers) * whole.block + whole.width)
+        model = replace(model, trained=min(layers, whole.layers) * whole.block + whole.width)
     if stage != "dpo" or (config.dpo.lora and not config.dpo.lora.also_train):
         return [model]
     return [model, _frozen("reference", whole, False, resources, spec.precision)]
@@ -147,26 +147,26 @@ def _ppo_models(config: PipelineConfig, resources: Resources, shapes: Shapes) ->
 
 
 def _model(
-    role: str, shape: Shape, value: bool, resources: Resources, precision: str, lora: LoRASpec | None, ema: bool = False
+    role: str,
+    shape: Shape,
+    value: bool,
+    resources: Resources,
+    precision: Precision,
+    lora: LoRASpec | None,
+    ema: bool = False,
 ) -> Model:
     whole = shape.value_parameters if value else shape.parameters
     if lora is None:
-        return Model(role, shape, value, whole, 0, resources, precision, ema)  # pyright: ignore[reportArgumentType]
+        return Model(role, shape, value, whole, 0, resources, precision, ema)
     if lora.quantize:
         raise ConfigError(f"{role}: lora.quantize {lora.quantize} is not planned; plan without it, and expect less")
     adapters = shape.adapters(lora.rank, lora.targets)
     trained = adapters + shape.width * value + (shape.embeddings if "embeddings" in lora.also_train else 0)
-    return Model(role, shape, value, trained, adapters, resources, precision, ema)  # pyright: ignore[reportArgumentType]
+    return Model(role, shape, value, trained, adapters, resources, precision, ema)
 
 
-def _frozen(role: str, shape: Shape, value: bool, resources: Resources, precision: str) -> Model:
-    return Model(role, shape, value, 0, 0, resources, precision)  # pyright: ignore[reportArgumentType]
-
-
-def _with_trained(model: Model, trained: int) -> Model:
-    from dataclasses import replace
-
-    return replace(model, trained=trained)
+def _frozen(role: str, shape: Shape, value: bool, resources: Resources, precision: Precision) -> Model:
+    return Model(role, shape, value, 0, 0, resources, precision)
 
 
 def _fixed_rows(config: PipelineConfig, stage: StageName, tokens: tuple[int, int]) -> tuple[Batch, int, Resources]:

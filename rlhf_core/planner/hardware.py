@@ -1,8 +1,8 @@
 """Devices: what their makers publish of memory, dense peak and bandwidth, and what fraction of it this work reaches.
 
 A peak is the data sheet's dense tensor figure in 16 bit and the plain one in fp32, bandwidth and memory likewise; no price is
-known here, as prices are not the maker's to tell. The fractions are three, for all devices and models alike: `TRAINING` and
-`LAUNCH` are read off published measurements, `READING` is fitted; `tests/benchmarks/planner_published.py` says how well they do.
+known here, as prices are not the maker's to tell. The fractions are three, the same for all devices and models, and come from
+published measurements on A100s and one H100; `tests/benchmarks/planner_published.py` says how well they do, cell by cell.
 """
 
 import re
@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from rlhf_core.errors import ConfigError
 
 GIB = 1 << 30
-TRAINING = 0.317  # of the peak: median of the six training rates that DeepSpeed-Chat publishes (62.9 to 110.4 of 312 TFLOPs)
-READING = 0.55  # of the bandwidth in a decode step: fitted to the eight times of step 3 on one GPU in the same tables
+TRAINING = (
+    0.25  # of the peak: median of the six training rates that DeepSpeed-Chat publishes, by the operations counted here
+)
+READING = 0.38  # of the bandwidth in a decode step: fitted to its six generation rates and eight times on one GPU
 LAUNCH = 0.21e-3  # seconds a layer takes at least: 5.0 ms for 24 layers, whatever the batch (DeepSpeed's hybrid engine, H100)
 USABLE = 0.92  # of a device's memory; the rest is the runtime's own and what its allocator cannot use
 

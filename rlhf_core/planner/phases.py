@@ -80,9 +80,7 @@ def ppo_phases(
     if "critic" in by_role and "reward" not in by_role and spec.uses_reward_model:
         reading.append(by_role["critic"])  # once as critic, once without its adapters
     passes = [(m, *micro(unit(m), rows, resources)) for m in reading]
-    updates = [
-        (m, *micro(unit(m), max(1, rows // spec.minibatches), resources)) for m in models if m.trained
-    ]
+    updates = [(m, *micro(unit(m), max(1, rows // spec.minibatches), resources)) for m in models if m.trained]
     steps = spec.ppo_epochs * spec.minibatches
     if spec.ptx:
         answers = spec.rollout_batch_size * spec.answers
@@ -138,7 +136,9 @@ def training(updates: Sequence[tuple[Model, Batch, int]], steps: int, hardware: 
         seconds += steps * compute_seconds(work, hardware, model.precision, sent)
     unique = {m.role: m for m, _, _ in updates}
     summed = sum(gradients(m, world, on_host) for m in unique.values())
-    model, batch, _ = max(updates, key=lambda u: activations(u[0], u[1]) + head(u[0], u[1], True) + passing(u[0], world))
+    model, batch, _ = max(
+        updates, key=lambda u: activations(u[0], u[1]) + head(u[0], u[1], True) + passing(u[0], world)
+    )
     memory = {
         "gradients": summed,
         "activations": activations(model, batch),

@@ -141,9 +141,7 @@ def shape_of(fields: Fields, whose: str = "config.json") -> Shape:
         fields, kind = {**fields["text_config"], "model_type": "gemma3_text"}, "gemma3_text"
     make = _LAYOUTS.get(kind)
     if make is None:
-        raise ConfigError(
-            f"{whose}: model_type {kind!r} cannot be planned; known are {', '.join(sorted(_LAYOUTS))}"
-        )
+        raise ConfigError(f"{whose}: model_type {kind!r} cannot be planned; known are {', '.join(sorted(_LAYOUTS))}")
     try:
         return make(fields)
     except KeyError as error:
@@ -183,7 +181,12 @@ def _bloom(f: Fields) -> Shape:
 
 
 def _gpt_neox(f: Fields) -> Shape:
-    h, inner, heads, bias = f["hidden_size"], f["intermediate_size"], f["num_attention_heads"], f.get("attention_bias", True)
+    h, inner, heads, bias = (
+        f["hidden_size"],
+        f["intermediate_size"],
+        f["num_attention_heads"],
+        f.get("attention_bias", True),
+    )
     return Shape(
         family="gpt_neox", hidden=h, layers=f["num_hidden_layers"], vocabulary=f["vocab_size"], heads=heads,
         kv_heads=heads, head_size=h // heads,
@@ -204,9 +207,7 @@ def _gpt(f: Fields, names: tuple[str, ...], bias: bool, norms: int, positions: b
     inner = f.get("n_inner") or f.get("intermediate_size") or 4 * h
     longest = f.get("n_positions") or f["max_position_embeddings"]
     fused = len(names) == 4
-    attention = (
-        (Linear(names[0], h, 3 * h, bias),) if fused else tuple(Linear(name, h, h, bias) for name in names[:3])
-    )
+    attention = (Linear(names[0], h, 3 * h, bias),) if fused else tuple(Linear(name, h, h, bias) for name in names[:3])
     return Shape(
         family=f["model_type"], hidden=h, layers=layers, vocabulary=f["vocab_size"], heads=heads, kv_heads=heads,
         head_size=h // heads,

@@ -2,7 +2,7 @@
 
 A multiplication and an addition count as two operations. A matrix of m numbers costs 2 m a token (Kaplan et al. 2020, arXiv
 2001.08361, section 2.1); attention of a token over c others costs 4 c hidden a layer; training costs three forward passes, four
-where activations are computed again (Narayanan et al. 2021, arXiv 2104.04473, section 5.1), and one less where the weights are frozen.
+where activations are computed again (Narayanan et al. 2021, arXiv 2104.04473, appendix), one less where the weights are frozen.
 A decode step is bound by reading weights and keys once, by operations, or by launching its kernels, whichever takes longest.
 """
 

@@ -1,21 +1,35 @@
-"""Sizes and settings at which the planner's memory is held against real stages, and the inputs of those stages."""
+"""The planner's memory beside that of real stages on real ranks: `python tests/distributed/planner_cells.py`, some minutes.
+
+Models with random weights, at ZeRO 0 to 3, on one and two ranks, in fp32 and bf16, with and without gradient checkpointing; peaks of
+anonymous memory over what a process needs before it has a model, while two steps are taken. `test_planner_memory` asserts the median.
+"""
 
 import json
-import os
+import statistics
+import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path[:0] = [str(Path(__file__).parents[1])]
 import ranks
 import tiny
+
+from rlhf_core.config import parse_config
+from rlhf_core.planner.estimate import Shapes, estimate
+from rlhf_core.planner.hardware import parse_hardware
+from rlhf_core.planner.shapes import shape_of
+
+Cell = tuple[str, int, str, dict[str, Any], dict[str, Any]]  # model, ranks, stage, spec, resources
 
 # What is freed goes back at once: else the allocator keeps what it likes.
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 VOCABULARY, PROMPT, ANSWER = 16_000, 120, 24
 MODELS: dict[str, dict[str, Any]] = {
     "opt-28m": {
-        "model_type": "opt", "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8,
-        "ffn_dim": 2048,
+        "model_type": "opt", "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "ffn_dim": 2048,
         "word_embed_proj_dim": 512, "max_position_embeddings": 256, "vocab_size": VOCABULARY, "dropout": 0.0,
     },
     "llama-34m": {
@@ -30,13 +44,13 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make_root(root: Path, model: str) -> Path:
-    """A store of one model's artifacts, all rows as long as allowed; the folder of the model."""
-    from datasets import Dataset
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-    from tokenizers import Tokenizer, models
+def make_root(root: Path, model: str) -> None:
+    """A store of one model's artifacts, all rows as long as allowed."""
     import numpy as np
     import torch
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from rlhf_core.export import save_causal_lm, save_value_model
     from rlhf_core.models import ValueModel
@@ -71,18 +85,9 @@ def make_root(root: Path, model: str) -> Path:
     reward = tiny.put(store, "reward", root / "reward", {"data": data, "sft": sft})
     refs = {"data": data, "sft": sft, "reward": reward}
     (root / "refs.json").write_text(json.dumps({k: v.model_dump() for k, v in refs.items()}))
-    return root / "sft" / "model"
 
 
-def measure(root: Path, out: Path, world: int, stage: str, spec: dict[str, Any], resources: dict[str, Any]) -> Any:
-    """Peaks of the stage's phases, bytes."""
-    return ranks.run(
-        world, "measured", out, script="planner_scenarios.py", variables=EXACT, timeout=1200,
-        root=str(root), name=stage, spec=spec, resources=resources, model=str(root / "sft" / "model"),
-    )  # fmt: skip
-
-
-CELLS: list[tuple[str, int, str, dict[str, Any], dict[str, Any]]] = [
+CELLS: list[Cell] = [
     ("opt-28m", 1, "sft", {"precision": "fp32"}, {"zero_stage": 0, "micro_batch": 8}),
     ("llama-34m", 2, "sft", {"precision": "bf16"}, {"zero_stage": 3, "micro_batch": 4}),
     ("llama-34m", 1, "ppo", {"precision": "fp32"}, {"zero_stage": 0, "micro_batch": 4}),
@@ -99,24 +104,76 @@ CELLS: list[tuple[str, int, str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-def spec_of(stage: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """The whole spec of a cell."""
-    more = {"sft": {"batch_size": 16, "max_steps": 2}, "reward": {"batch_size": 16, "max_steps": 2},
-            "ppo": {"steps": 2, "rollout_batch_size": 16, "ppo_epochs": 1, "minibatches": 1,
-                    "max_response_tokens": ANSWER}}  # fmt: skip
-    return {**more[stage], **spec}
+MORE: dict[str, dict[str, Any]] = {
+    "sft": {"batch_size": 16, "max_steps": 2},
+    "reward": {"batch_size": 16, "max_steps": 2},
+    "ppo": {"steps": 2, "rollout_batch_size": 16, "ppo_epochs": 1, "max_response_tokens": ANSWER},
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Peak of one phase, bytes a rank."""
+
+    name: str
+    measured: float
+    planned: float
+
+    @property
+    def error(self) -> float:
+        return self.planned / self.measured - 1
+
+    def __str__(self) -> str:
+        both = f"measured {self.measured / 1e6:7,.0f} MB  planned {self.planned / 1e6:7,.0f} MB"
+        return f"{self.name:<100} {both}  {self.error:+.1%}"
+
+
+def measured(root: Path, out: Path, cell: Cell) -> dict[str, int]:
+    """Peaks of the phases of a cell's stage, bytes."""
+    _, world, stage, spec, resources = cell
+    return ranks.run(
+        world, "measured", out, script="planner_scenarios.py", variables=EXACT, timeout=1200, root=str(root),
+        name=stage, spec={**MORE[stage], **spec}, resources=resources, model=str(root / "sft" / "model"),
+    )  # fmt: skip
+
+
+def planned(cell: Cell) -> dict[str, float]:
+    """The same as the planner has it."""
+    model, world, stage, spec, resources = cell
+    shape = shape_of(MODELS[model])
+    raw = {
+        "name": "cell",
+        "model": {"path": "facebook/opt-125m"},
+        "data": {"sources": [{"kind": "quickstart"}], "max_prompt_tokens": PROMPT, "max_response_tokens": ANSWER},
+        stage: {**MORE[stage], **spec},
+        "resources": {"processes": world, **resources},
+    }
+    here = parse_hardware(f"cpu:{world},memory=16g,tflops=0.2,bandwidth=20")
+    found = estimate(parse_config(raw), stage, here, Shapes(shape, shape))  # pyright: ignore[reportArgumentType]
+    return {phase.name: found.kept + phase.added for phase in found.phases}
+
+
+def figures(work: Path) -> Iterator[Figure]:
+    """Every phase of every cell, one after another."""
+    for number, cell in enumerate(CELLS):
+        model, world, stage, spec, resources = cell
+        root = work / model
+        if not root.exists():
+            make_root(root, model)
+        found, wanted = measured(root, work / f"run-{number}", cell), planned(cell)
+        said = ", ".join(f"{k} {v}" for k, v in {**spec, **resources}.items())
+        for phase, peak in found.items():
+            yield Figure(f"{model} {stage} {phase}, {world} ranks, {said}", peak, wanted[phase])
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as work:
+        errors = []
+        for figure in figures(Path(work)):
+            errors.append(abs(figure.error))
+            print(figure, flush=True)
+    print(f"median error {statistics.median(errors):.1%} of {len(errors)} figures")
 
 
 if __name__ == "__main__":
-    import sys
-    out = Path(sys.argv[1]); known = json.loads(out.read_text()) if out.exists() else {}
-    with tempfile.TemporaryDirectory() as t:
-        for i, (model, world, stage, spec, resources) in enumerate(CELLS):
-            key = json.dumps(CELLS[i])
-            if key in known: continue
-            root = Path(t, model)
-            if not root.exists():
-                root.mkdir(); make_root(root, model)
-            known[key] = measure(root, Path(t, f"run-{i}"), world, stage, spec_of(stage, spec), resources)
-            print(key, {k: round(v / 1e6) for k, v in known[key].items()}, flush=True)
-            out.write_text(json.dumps(known, indent=1))
+    main()

@@ -1,4 +1,4 @@
-"""Real stages on real ranks, with the peak memory of their phases, to hold the planner's figures against; started by `ranks.run`."""
+"""Real stages on real ranks, with the peak memory of their phases, to compare the planner with; started by `ranks.run`."""
 
 import dataclasses
 import json

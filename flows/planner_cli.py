@@ -1,6 +1,6 @@
 """`rlhf plan --hardware …`: whether a pipeline fits devices, how long it takes and what it costs, before any of them is rented."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -41,6 +41,7 @@ RowsOption = Annotated[
         help="with --hardware: training rows of sft, reward or dpo, for their time; repeatable",
     ),
 ]
+Changes = Mapping[StageName, Change | None]
 JsonOption = Annotated[bool, typer.Option("--json", help="with --hardware: as JSON")]
 
 
@@ -56,7 +57,7 @@ def show_needs(
     shapes = _shapes(config, model)
     stages: list[StageName] = [stage for stage in config.stages if stage in PLANNED]
     found = [estimate(config, stage, devices, shapes, counts.get(stage)) for stage in stages]
-    changes = {e.stage: smallest_change(config, e.stage, devices, shapes, counts.get(e.stage)) for e in found}
+    changes: Changes = {e.stage: smallest_change(config, e.stage, devices, shapes, counts.get(e.stage)) for e in found}
     if as_json:
         out.print_json(data=_as_json(devices, found, changes, price))
     else:
@@ -90,9 +91,7 @@ def _shape(config: PipelineConfig, spec: ModelSpec, field: str) -> Shape:
     return shape_of(new_fields(spec.family, spec.hidden_size, spec.layers, spec.heads, spec.positions, vocabulary))
 
 
-def _print(
-    devices: Hardware, found: Sequence[StageEstimate], changes: dict[StageName, Change | None], price: float | None
-) -> None:
+def _print(devices: Hardware, found: Sequence[StageEstimate], changes: Changes, price: float | None) -> None:
     nodes = f"{devices.nodes} nodes of " if devices.nodes > 1 else ""
     out.print(
         f"[bold]{escape(devices.name)}[/]: {nodes}{devices.devices} devices of {_gb(devices.memory)}, "
@@ -145,7 +144,7 @@ def _print_verdict(e: StageEstimate, change: Change | None) -> None:
 
 
 def _as_json(
-    devices: Hardware, found: Sequence[StageEstimate], changes: dict[StageName, Change | None], price: float | None
+    devices: Hardware, found: Sequence[StageEstimate], changes: Changes, price: float | None
 ) -> dict[str, Any]:
     def one(e: StageEstimate) -> dict[str, Any]:
         change = changes[e.stage]

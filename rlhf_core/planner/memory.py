@@ -16,6 +16,9 @@ from rlhf_core.spec_base import Precision
 BLOCK_BYTES = 64 << 20  # of fp32 logits at once, as in `head_scores`
 BUCKET = 50_000_000  # numbers that ZeRO sends at once, as in `engine`
 LIVE = 30_000_000  # numbers that ZeRO-3 keeps gathered, as in `engine`
+ENGINE = (
+    28e6  # bytes that one DeepSpeed engine takes whatever its model: measured here, on CPUs, with one and with four
+)
 SLACK = 64  # columns of the key-value cache beyond the longest row, as in `rollout.cache`
 EAGER = ("bloom", "gptj", "gpt_neo", "codegen")  # attention probabilities are kept: no fused kernel
 UPCAST = ("gptj", "gpt_neo", "codegen")  # queries and keys in fp32
@@ -81,7 +84,7 @@ def states(model: Model, world: int, on_host: bool = True) -> dict[str, float]:
     """
     part = world if model.zero == 3 else 1
     away = on_host and model.zero == 3 and model.resources.offload_parameters != "none"
-    found = {"weights": 0.0 if away else model.size * model.parameters / part}
+    found = {"weights": 0.0 if away else model.size * model.parameters / part, "engine": ENGINE}
     if model.averaged:
         found["average"] = 4 * model.trained / part
     if model.trained and not model.optimizer_away(on_host):
@@ -93,11 +96,11 @@ def states(model: Model, world: int, on_host: bool = True) -> dict[str, float]:
 def gradients(model: Model, world: int, on_host: bool = True) -> float:
     """Bytes of the gradients that the micro-batches of an optimizer step add up in.
 
-    Without ZeRO each parameter's own, in fp32; ZeRO-1 and 2 add the rank's part up in fp32, ZeRO-3 in the weights' type.
+    They have the weights' type; with ZeRO only the rank's part is kept from one micro-batch to the next.
     """
     if model.optimizer_away(on_host):
         return 0.0
-    return model.trained * {0: 4.0, 1: 4.0 / world, 2: 4.0 / world, 3: model.size / world}[model.zero]
+    return model.trained * model.size / (world if model.zero else 1)
 
 
 def passing(model: Model, world: int) -> float:
@@ -194,7 +197,7 @@ def generation(model: Model, run: Rollout, world: int) -> dict[str, float]:
     kv = 4 if run.cpu else model.size
     shape = model.shape
     entering = min(run.rows, max(1, 512 // run.prompt)) * run.prompt * cache_numbers(shape) * model.size
-    found = {
+    found: dict[str, float] = {
         "KV cache": run.rows * columns * cache_numbers(shape) * kv + entering,
         "logits": 5 * 4 * run.rows * shape.vocabulary,
     }

@@ -1,19 +1,17 @@
-"""The planner's memory beside that of real stages on real ranks: `python tests/distributed/planner_cells.py`, some minutes.
+"""The planner's memory beside that of real stages: `PYTHONPATH=tests python tests/distributed/planner_cells.py`, some minutes.
 
-Models with random weights, at ZeRO 0 to 3, on one and two ranks, in fp32 and bf16, with and without gradient checkpointing; peaks of
-anonymous memory over what a process needs before it has a model, while two steps are taken. `test_planner_memory` asserts the median.
+Models with random weights, at ZeRO 0 to 3, on one and two ranks, in fp32 and bf16, with and without gradient checkpointing. What
+is measured is the peak of anonymous memory, over what a process needs before it has a model, while it takes two steps.
 """
 
 import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
 import ranks
 import tiny
 

@@ -25,6 +25,7 @@ from flows.branch_cli import branch
 from flows.evaluation import EvalFailed, Set, StoreOption, evaluate
 from flows.logs_cli import logs
 from flows.node_cli import node
+from flows.planner_cli import HardwareOption, JsonOption, ModelOption, PriceOption, RowsOption, show_needs
 from flows.resume_cli import resume
 from flows.selection import forced_stages, plan_run, plan_to_run
 from flows.show import err, out, show_checks, show_hosts, show_plan, show_results
@@ -85,6 +86,7 @@ def _root(
 
       rlhf doctor                          is this machine ready?
       rlhf plan quickstart.yaml            what would run, and why
+      rlhf plan opt-1.3b.yaml --hardware a100-80g:8 --price 4    does it fit, how long, how much
       rlhf run quickstart.yaml             run; what is published is reused
       rlhf run quickstart.yaml --set ppo.kl_coef=0.2
       rlhf run quickstart.yaml --set method=dpo
@@ -101,11 +103,30 @@ def _root(
 
 @app.command()
 def plan(
-    config: Config, sets: Set = None, force: Force = None, first: From = None, allow_code: AllowCode = False
+    config: Config,
+    sets: Set = None,
+    force: Force = None,
+    first: From = None,
+    allow_code: AllowCode = False,
+    hardware: HardwareOption = None,
+    model: ModelOption = None,
+    price: PriceOption = None,
+    rows: RowsOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Show for each stage whether it will be reused, resumed or built, and why. Starts nothing."""
-    _allow_code(allow_code)
+    """Show for each stage whether it will be reused, resumed or built, and why. Starts nothing.
+
+    With --hardware: what each stage needs there instead, in memory, time and money, whether it fits, and the smallest change
+    that makes it fit; exit code 1 if one does not fit. Neither data, weights nor devices are needed for that.
+    """
     loaded = load_config(config, sets or ())
+    if hardware is not None:
+        raise typer.Exit(0 if show_needs(loaded, hardware, model, price, rows or (), as_json) else 1)
+    if alone := [
+        name for name, given in (("--model", model), ("--price", price), ("--rows", rows)) if given is not None
+    ]:
+        raise ConfigError(f"{alone[0]}: means nothing without --hardware, e.g. --hardware a100-80g:8")
+    _allow_code(allow_code)
     show_plan(plan_run(loaded, Store(loaded.store), _forced(loaded, force, first)), loaded)
 
 

@@ -140,13 +140,6 @@ class PipelineReport:
             self._log.warning("the report could not be written: %s: %s", type(error).__name__, error)
 
 
-def fired_of(store: Store, config: PipelineConfig, ref: ArtifactRef) -> list[Fired]:
-    """The configuration's gates that have fired on an artifact; a gate that fired in several attempts counts as in the last."""
-    own = {gate.digest for gate in config.gates if gate.stage == ref.stage}
-    found = read_fired(store, ref, retired_before(store, ref)) if own else []
-    return list({one.gate.digest: one for one in found if one.gate.digest in own}.values())
-
-
 def report_text(
     config: PipelineConfig,
     plan: Mapping[StageName, StagePlan],

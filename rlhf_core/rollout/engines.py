@@ -7,12 +7,18 @@ import numpy as np
 import torch
 
 from rlhf_core.rollout.answers import Rollout
+from rlhf_core.rollout.native import generate_native
 from rlhf_core.rollout.plain import generate_plain
 from rlhf_core.rollout.request import Request
 from rlhf_core.rollout.sampling import Sampling
 from rlhf_core.rollout.slots import generate_slots
 
-EngineName = Literal["slots", "plain"]
+EngineName = Literal["slots", "plain", "generate"]
+ENGINES: dict[EngineName, Callable[[Any, Request], Rollout]] = {
+    "slots": generate_slots,
+    "plain": generate_plain,
+    "generate": generate_native,
+}
 
 
 @torch.no_grad()
@@ -49,4 +55,4 @@ def generate(
     """
     names = np.asarray(sample_ids, dtype=np.int64)
     asked = Request(prompts, names, sampling, seed, eos, pad, batch_size, lock_step, on_batch, on_token)
-    return generate_plain(model, asked) if engine == "plain" else generate_slots(model, asked)
+    return ENGINES[engine](model, asked)

@@ -22,6 +22,7 @@ from rlhf_core.ppo_args import PPOArgs
 from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine
 from rlhf_core.rollout import Rollout, Sampling, generate
 from rlhf_core.rollout.twin import can_merge, twin, twin_bytes
+from rlhf_core.rollout.vllm import check_vllm
 
 AS_THEY_ARE = "as they are"
 
@@ -40,6 +41,9 @@ class AnswerSampler:
         self.tokenizer, self.seed, self.resources = engine.tokenizer, args.seed, args.resources
         spec, limit = args.spec, args.max_response_tokens
         self.sampling = Sampling(limit, spec.temperature, spec.top_k, spec.top_p, len(engine.tokenizer))
+        self._vllm = self.resources.rollout_engine == "vllm"  # which has the weights once more anyway
+        if self._vllm:
+            check_vllm(self.sampling)
         self.decided: dict[str, bool] = {}
         self._main = engine.ranks.rank == 0
         self._partitioned = is_partitioned(self.model)
@@ -96,7 +100,7 @@ class AnswerSampler:
             release_freed()
 
     def _decide(self) -> str:
-        if not self._partitioned and not self._merge:
+        if self._vllm or not (self._partitioned or self._merge):
             return AS_THEY_ARE
         names = [name for name, on in (("gathered", self._partitioned), ("merged", self._merge)) if on]
         change = " and ".join(names)

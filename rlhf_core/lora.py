@@ -173,9 +173,15 @@ class WithoutAdapters:
         return self
 
 
+def gathered(parts: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
+    """Weights are whole in this `with` block, where ZeRO-3 has partitioned some; collective then."""
+    divided = [part for part in parts if hasattr(part, "ds_id")]
+    return deepspeed.zero.GatheredParameters(divided, enabled=bool(divided))  # pyright: ignore[reportReturnType]
+
+
 def whole(parameter: Tensor) -> Tensor:
     """A copy of a whole weight on every rank, gathered where ZeRO-3 has partitioned it."""
-    with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+    with gathered([parameter]):
         return parameter.detach().clone()
 
 

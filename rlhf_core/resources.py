@@ -49,10 +49,10 @@ class Resources(Frozen):
         description="tokens of such a pass, padding included: where rows are long fewer go together; null: no limit",
     )
     rollout_micro_batch: Positive = Field(default=64, description="sequences generated at once, per rank")
-    rollout_engine: Literal["slots", "plain", "generate"] = Field(
+    rollout_engine: Literal["slots", "plain", "generate", "vllm"] = Field(
         default="slots",
         description="slots: rows that end make room for others; plain: whole batches, to compare with; generate: transformers' "
-        "own loop, for models that need it",
+        "own loop, for models that need it; vllm: on GPUs, not tested, other answers",
     )
     rollout_gather: Literal["auto", "once", "layers"] = Field(
         default="auto",

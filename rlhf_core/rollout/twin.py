@@ -9,11 +9,10 @@ ends, and what the twin has of its own is freed with it. What is whole already a
 import copy
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.lora import layers, merged, whole
+from rlhf_core.lora import gathered, layers, merged, whole
 from rlhf_core.partitioned import is_partitioned, shape_of
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -81,8 +80,7 @@ class _Copies:
     def _merged(self, layer: Any) -> Any:
         """The plain layer that does what an adapted one does."""
         weight = merged("", layer)
-        divided = [part for part in weight.parts if hasattr(part, "ds_id")]
-        with deepspeed.zero.GatheredParameters(divided, enabled=bool(divided)):
+        with gathered(weight.parts):
             value = weight.make(*weight.parts)
         self._weights[id(layer.base_layer.weight)] = nn.Parameter(value, requires_grad=False)
         return self._plain(layer.base_layer)

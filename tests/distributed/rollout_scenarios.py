@@ -15,7 +15,7 @@ from rlhf_core.ppo_trainer import DeepSpeedPPOTrainer
 from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine
 
 PROMPTS = [[5, 6, 7], [9, 3], [8, 7, 6, 5, 4, 3, 10], [11, 12], [30, 2, 30], [13] * 6]
-SPEC = {"max_response_tokens": 30, "rollout_batch_size": 6, "actor_optim": {"lr": 1e-2, "schedule": "constant"}}
+SPEC = {"max_response_tokens": 24, "rollout_batch_size": 6, "actor_optim": {"lr": 1e-3, "schedule": "constant"}}
 
 
 class GivenUp(Exception):
@@ -55,14 +55,9 @@ class Watched:
         return all(weight() is None for weight in self._weights)
 
 
-def gathered(folders: dict[str, str], cases: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """By case, what each rank found."""
+def gathered(folders: dict[str, str], spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each rank found: the same rollouts layer by layer and gathered once, one that is given up, and training after it."""
     watched = Watched()
-    return {name: gather(_both(folders, spec, watched)) for name, spec in cases.items()}
-
-
-def _both(folders: dict[str, str], spec: dict[str, Any], watched: Watched) -> dict[str, Any]:
-    """The same rollouts layer by layer and gathered once, one that one rank gives up, and training after it."""
     rank = int(os.environ["RANK"])
     tokenizer = load_tokenizer(folders["tokenizer"])
     mine = PROMPTS[rank::2]
@@ -91,7 +86,7 @@ def _both(folders: dict[str, str], spec: dict[str, Any], watched: Watched) -> di
         trainer.measure(scored)
         result["losses"] = trainer.train_rlhf(scored)
         found[how] = result
-    return found
+    return gather(found)
 
 
 def _given_up(trainer: DeepSpeedPPOTrainer, mine: list[list[int]], rank: int) -> bool:

@@ -5,19 +5,14 @@ import ranks
 import torch
 
 LORA = {"rank": 4, "alpha": 8.0}
+CASES = {"lora": {"actor_lora": LORA, "critic_lora": LORA}, "whole": {}}
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory, folders):
-    """By case, what each of two ranks found; all in the same processes."""
-    cases = {"whole": {}, "lora": {"actor_lora": LORA, "critic_lora": LORA}}
-    out = tmp_path_factory.mktemp("gathered")
-    return ranks.run(2, "gathered", out, timeout=900, script="rollout_scenarios.py", folders=folders, cases=cases)
-
-
-@pytest.fixture(params=["whole", "lora"])
-def both(request, found):
-    return found[request.param]
+@pytest.fixture(scope="module", params=["lora", pytest.param("whole", marks=pytest.mark.slow)])
+def both(request, tmp_path_factory, folders):
+    """What each of two ranks found."""
+    out, spec = tmp_path_factory.mktemp("gathered"), CASES[request.param]
+    return ranks.run(2, "gathered", out, timeout=900, script="rollout_scenarios.py", folders=folders, spec=spec)
 
 
 def test_answers_and_what_is_learned_from_them_are_the_same(both):

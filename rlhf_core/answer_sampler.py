@@ -21,8 +21,8 @@ from rlhf_core.partitioned import is_partitioned, release_freed
 from rlhf_core.ppo_args import PPOArgs
 from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine
 from rlhf_core.rollout import Rollout, Sampling, generate
+from rlhf_core.rollout.on_vllm import check_vllm
 from rlhf_core.rollout.twin import can_merge, twin, twin_bytes
-from rlhf_core.rollout.vllm import check_vllm
 
 AS_THEY_ARE = "as they are"
 

@@ -8,11 +8,11 @@ import torch
 
 from rlhf_core.rollout.answers import Rollout
 from rlhf_core.rollout.native import generate_native
+from rlhf_core.rollout.on_vllm import generate_vllm
 from rlhf_core.rollout.plain import generate_plain
 from rlhf_core.rollout.request import Request
 from rlhf_core.rollout.sampling import Sampling
 from rlhf_core.rollout.slots import generate_slots
-from rlhf_core.rollout.vllm import generate_vllm
 
 EngineName = Literal["slots", "plain", "generate", "vllm"]
 ENGINES: dict[EngineName, Callable[[Any, Request], Rollout]] = {

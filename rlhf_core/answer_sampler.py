@@ -8,8 +8,7 @@ smaller machine, is made anew.
 
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
@@ -60,7 +59,9 @@ class AnswerSampler:
         on_token: Callable[[], None] | None = None,
     ) -> Rollout:
         """One answer to each prompt; collective at ZeRO-3. The arguments are those of `rollout.generate`."""
-        with self._rollout_model() as model:
+        model = self.model if self.weights == AS_THEY_ARE else twin(self.model, self._merge)
+        shared = model is self.model
+        try:
             return generate(
                 model,
                 prompts,
@@ -75,6 +76,10 @@ class AnswerSampler:
                 on_token=on_token,
                 engine=self.resources.rollout_engine,
             )
+        finally:
+            del model
+            if not shared:
+                release_freed()
 
     @property
     def lock_step(self) -> bool:
@@ -87,17 +92,6 @@ class AnswerSampler:
         if self._weights is None:
             self._weights = self._decide()
         return self._weights
-
-    @contextmanager
-    def _rollout_model(self) -> Iterator[Any]:
-        """The actor, or a twin that has gone when this ends."""
-        if self.weights == AS_THEY_ARE:
-            yield self.model
-            return
-        try:
-            yield twin(self.model, self._merge)
-        finally:
-            release_freed()
 
     def _decide(self) -> str:
         if self._vllm or not (self._partitioned or self._merge):

@@ -71,7 +71,7 @@ class _Copies:
         own = vars(made)
         own["_parameters"] = {name: self._weight(weight) for name, weight in one._parameters.items()}
         own["_buffers"] = dict(one._buffers)
-        own["_modules"] = {name: child and self.module(child) for name, child in one._modules.items()}
+        own["_modules"] = {name: None if m is None else self.module(m) for name, m in one._modules.items()}
         for hooks in HOOKS:
             kept = {key: hook for key, hook in own[hooks].items() if not _is_deepspeed(hook)}
             own[hooks] = type(own[hooks])(kept)

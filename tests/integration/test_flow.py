@@ -672,16 +672,16 @@ def test_the_automations_are_created_once_and_a_switched_off_one_stays_so(server
 
     from flows.automations import PAUSES, automations, install
 
-    assert set(install().values()) == {"created"}
-    assert set(install().values()) == {"there already"}
+    assert set(install(automations()).values()) == {"created"}
+    assert set(install(automations()).values()) == {"there already"}
     [first, *_] = names = [wanted.name for wanted in automations()]
     assert len(names) == 2 + len(PAUSES)
     changed = automations()[0].model_copy(update={"enabled": False, "description": "of last year"})
     with get_client(sync_client=True) as client:
         [found] = client.read_automations_by_name(first)
         client.update_automation(found.id, changed)
-        assert install()[first] == "updated"
-        assert install()[first] == "there already, switched off"
+        assert install(automations())[first] == "updated"
+        assert install(automations())[first] == "there already, switched off"
         assert len(client.read_automations()) == len(names)
 
 

@@ -44,7 +44,7 @@ SUBJECT = {
 }
 BODY = {
     **dict.fromkeys(EVENTS, "{{ flow_run.state.message }}\n\n{{ flow_run | ui_url }}"),
-    "gate": "{{ event.payload.sentence }}\n\n{{ flow_run | ui_url }}",
+    "gate": "{{ event.payload.text }}\n\n{{ flow_run | ui_url }}",
 }
 
 
@@ -163,7 +163,7 @@ def _payload(news: News) -> str:
         "run": "{{ flow_run.name | tojson }}",
         "run_id": "{{ flow_run.id | string | tojson }}",
         "state": "{{ flow_run.state.name | tojson }}",
-        "text": "{{ event.payload.sentence | tojson }}" if news == "gate" else "{{ flow_run.state.message | tojson }}",
+        "text": "{{ event.payload.text | tojson }}" if news == "gate" else "{{ flow_run.state.message | tojson }}",
         "url": "{{ flow_run | ui_url | tojson }}",
     }
     if news == "gate":

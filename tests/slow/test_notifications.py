@@ -32,7 +32,7 @@ from prefect.runtime import flow_run
 def rlhf():
     run = {"prefect.resource.id": f"prefect.flow-run.{flow_run.id}", "prefect.resource.role": "flow-run"}
     emit_event(event="rlhf.gate.fired", resource={"prefect.resource.id": "rlhf.stage.ppo"}, related=[run],
-               payload={"sentence": "ppo: kl_sequence 12 is above 10", "stage": "ppo"})
+               payload={"text": "ppo: kl_sequence 12 is above 10", "stage": "ppo"})
 rlhf()
 """
 

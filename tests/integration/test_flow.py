@@ -771,7 +771,9 @@ def test_when_a_shared_stage_fails_it_is_not_tried_again_for_each_variant(server
 # --- branches --------------------------------------------------------------------------------------------------------
 
 
-def test_a_branch_goes_on_from_a_checkpoint_and_its_result_needs_nothing_of_what_it_left(config, store, orders, tmp_path, capfd):
+def test_a_branch_goes_on_from_a_checkpoint_and_its_result_needs_nothing_of_what_it_left(
+    config, store, orders, tmp_path, capfd
+):
     from tasks.stage import build_stage
 
     def build(config: PipelineConfig, stage: str, force: str | None = None):

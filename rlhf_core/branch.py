@@ -114,13 +114,17 @@ def plant(store: Store, job: JobSpec, tell: Callable[[str], None] = lambda _: No
     """Give a branch that has no checkpoint yet the one it begins from, copied, as its attempt's own; who holds its lease may.
 
     Raises:
-        ConfigError: it is gone.
+        ConfigError: it is gone, or of another stage.
         IntegrityError: it is damaged.
         StoreError: it could not be copied.
     """
     if not job.spec.get("branch") or checkpoints.newest(store, job.output, since=job.since):
         return
     branch = BranchSpec.model_validate(job.spec["branch"])
+    if branch.artifact.partition("/")[0] != job.stage:
+        raise ConfigError(
+            f"{job.stage}.branch.artifact: {branch.artifact} is not of this stage; name one of {job.stage}/"
+        )
     origin = checkpoint_at(store, branch.artifact, branch.step)
     checkpoints.check(store, origin)
     own = origin.model_copy(update={"artifact": job.output.id, "attempt": job.attempt, "kept": False})

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_core.artifacts import Manifest
-from rlhf_core.branch import branch_of
+from rlhf_core.branch import branch_of, plant
 from rlhf_core.config import PipelineConfig, parse_config
 from rlhf_core.plan import make_plan
 from rlhf_core.specs import StageName
@@ -75,3 +75,18 @@ def test_a_branch_has_the_bits_of_what_it_leaves_until_a_setting_differs(config,
     assert rows != before
     if stage == "ppo":
         assert [row["kl_coef"] for row in rows if row["kind"] == "train"] == 3 * [0.05] + 3 * [0.5]
+
+
+def test_a_branch_whose_checkpoint_is_damaged_fails_and_does_not_begin_anew(config):
+    from rlhf_core.errors import JobFailed
+    from tasks.stage import job_of
+
+    store = Store(config.store)
+    run(config, "sft")
+    made = branch_of(config, "sft", 3, ["sft.optim.lr=1e-5"], store)
+    [planned] = [each for each in make_plan(made, store) if each.stage == "sft"]
+    plant(store, job_of(store, made, planned))
+    for key, size in store.list(f"{planned.ref.id}/checkpoints/0001/parts").items():
+        store.write(key, b"x" * size)
+    with pytest.raises(JobFailed, match="a branch begins from a checkpoint"):
+        build_stage(store, made, planned)

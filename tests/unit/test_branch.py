@@ -130,6 +130,12 @@ def test_a_branch_never_begins_from_nothing(config, store, ppo):
     assert not any("/checkpoints/" in key for key in store.list(stage_refs(made)["ppo"].id))
 
 
+def test_a_branch_leaves_a_stage_of_its_own_kind(config, store, ppo):
+    made = changed(config, [f"sft.branch={{artifact: {ppo}, step: 20}}"])
+    with pytest.raises(ConfigError, match=r"sft\.branch\.artifact: ppo/small-\w+ is not of this stage"):
+        plant(store, job(made, store, "sft"))
+
+
 def test_a_stage_without_a_branch_is_left_alone(config, store):
     assert PPOSpec().branch is None
     plant(store, job(config, store))

@@ -167,7 +167,7 @@ def take(stacked: Stacked, browser: Browser, config: Path, out: Path) -> None:
     shoot("resumed-run", f"/runs/flow-run/{run}", "completed", height=900)
     said = stacked.rlhf("sweep", str(CONFIG), "--set", "ppo.steps=30", "--grid", "ppo.kl_coef=0.02,0.1,0.5")
     page = next(line.split()[-1] for line in said.splitlines() if line.startswith("report "))
-    browser.picture(f"file://{page}", out / "sweep.png", ("ppo.kl_coef=0.5", "shared"), 1900)
+    browser.picture(f"file://{page}", out / "sweep.png", ("ppo.kl_coef=0.5", "KL and reward"), 1900)
 
 
 def has_curves(stacked: Stacked, run: str) -> bool:

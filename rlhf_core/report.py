@@ -16,7 +16,7 @@ from typing import Any
 from rlhf_core.comparison import MODELS, aligned_of
 from rlhf_core.curves import decimals, fixed, is_number, known, metric_names, number, series_of
 from rlhf_core.plots import draw_bars, draw_curve, label
-from rlhf_core.report_style import CSS
+from rlhf_core.report_style import html_page
 
 Interval = Mapping[str, Any]  # {"value", "low", "high", "n"}
 STAGE_TITLES = {
@@ -82,15 +82,7 @@ def write_report(
         *((stage, STAGE_TITLES.get(stage, stage), _curves(plots, stage, rows)) for stage, rows in stages.items()),
         ("lineage", "Lineage", _lineage(lineage)),
     ]
-    shown = [(anchor, heading, body) for anchor, heading, body in sections if body]
-    links = "".join(f'<a href="#{escape(a)}">{escape(h)}</a>' for a, h, _ in shown)
-    body = "".join(f'<section id="{escape(a)}"><h2>{escape(h)}</h2>{b}</section>' for a, h, b in shown)
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head><body><header><h1>{escape(title)}</h1>"
-        f"<nav>{links}</nav></header><main>{body}</main></body></html>\n"
-    )
+    page = html_page(title, sections)
     (out / "report.html").write_text(page, encoding="utf-8")
 
 

@@ -1,7 +1,10 @@
-"""The report's style sheet: inline, for light and dark screens, from a phone to a wide monitor, and for print.
+"""A report's page and its style sheet: inline, for light and dark screens, from a phone to a wide monitor, and for print.
 
 Plots are drawn for a white page; in the dark they are inverted with their hues kept, to the shade of their cards.
 """
+
+from collections.abc import Sequence
+from html import escape
 
 CSS = """
 :root{--page:#f6f7f9;--card:#fff;--ink:#1f2328;--soft:#57606a;--line:#d8dce2;--base:#6e7781;--sft:#0072b2;
@@ -63,3 +66,16 @@ details{margin-top:10px}summary{cursor:pointer;color:var(--soft);margin-bottom:1
 .bars{flex-wrap:nowrap;overflow-x:auto}.bars img{flex:none!important;max-width:none;height:250px}}
 @media print{body{background:#fff}figure,article{break-inside:avoid}}
 """
+
+
+def html_page(title: str, sections: Sequence[tuple[str, str, str]], more_css: str = "") -> str:
+    """A whole page: `sections` are (anchor, heading, HTML) each, those without HTML are left out; `more_css` comes last."""
+    shown = [(escape(anchor), escape(heading), body) for anchor, heading, body in sections if body]
+    links = "".join(f'<a href="#{anchor}">{heading}</a>' for anchor, heading, _ in shown)
+    parts = "".join(f'<section id="{anchor}"><h2>{heading}</h2>{body}</section>' for anchor, heading, body in shown)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{CSS}{more_css}</style></head><body><header><h1>{escape(title)}</h1>"
+        f"<nav>{links}</nav></header><main>{parts}</main></body></html>\n"
+    )

@@ -14,7 +14,7 @@ from typing import Any
 from rlhf_core.comparison import aligned_of
 from rlhf_core.curves import decimals, known, metric_names, number, shorten
 from rlhf_core.report import STAGE_TITLES, Interval, duration, estimate, image, slug
-from rlhf_core.report_style import CSS
+from rlhf_core.report_style import html_page
 from rlhf_core.sweep_plots import Line, draw_ends, draw_overlay, draw_path, look, plane_of
 
 # of each stage, what is drawn; other metrics are on the pages of the variants themselves
@@ -111,15 +111,7 @@ def write_sweep_report(
         ),
         ("stages", "Stages", _stage_table(stages, len(results))),
     ]
-    shown = [(anchor, heading, body) for anchor, heading, body in sections if body]
-    links = "".join(f'<a href="#{escape(a)}">{escape(h)}</a>' for a, h, _ in shown)
-    body = "".join(f'<section id="{escape(a)}"><h2>{escape(h)}</h2>{b}</section>' for a, h, b in shown)
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}{OWN_CSS}</style></head><body><header><h1>{escape(title)}</h1>"
-        f"<nav>{links}</nav></header><main>{body}</main></body></html>\n"
-    )
+    page = html_page(title, sections, OWN_CSS)
     (out / "report.html").write_text(page, encoding="utf-8")
 
 

@@ -21,9 +21,11 @@ import typer
 from rich.markup import escape
 
 from flows.artifacts_cli import artifacts
+from flows.branch_cli import branch
 from flows.evaluation import EvalFailed, Set, StoreOption, evaluate
 from flows.logs_cli import logs
 from flows.node_cli import node
+from flows.planner_cli import HardwareOption, JsonOption, ModelOption, PriceOption, RowsOption, show_needs
 from flows.resume_cli import resume
 from flows.selection import forced_stages, plan_run, plan_to_run
 from flows.show import err, out, show_checks, show_hosts, show_plan, show_results
@@ -84,10 +86,12 @@ def _root(
 
       rlhf doctor                          is this machine ready?
       rlhf plan quickstart.yaml            what would run, and why
+      rlhf plan opt-1.3b.yaml --hardware a100-80g:8 --price 4    does it fit, how long, how much
       rlhf run quickstart.yaml             run; what is published is reused
       rlhf run quickstart.yaml --set ppo.kl_coef=0.2
       rlhf run quickstart.yaml --set method=dpo
       rlhf sweep quickstart.yaml --grid ppo.kl_coef=0.02,0.1
+      rlhf branch quickstart.yaml --at-step 40 --set ppo.kl_coef=0.1
       rlhf status --watch                  what runs, how far it is, what there is
       rlhf logs quickstart.yaml ppo -f     a stage's log, as it comes
       rlhf artifacts list                  what the store holds
@@ -99,11 +103,30 @@ def _root(
 
 @app.command()
 def plan(
-    config: Config, sets: Set = None, force: Force = None, first: From = None, allow_code: AllowCode = False
+    config: Config,
+    sets: Set = None,
+    force: Force = None,
+    first: From = None,
+    allow_code: AllowCode = False,
+    hardware: HardwareOption = None,
+    model: ModelOption = None,
+    price: PriceOption = None,
+    rows: RowsOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Show for each stage whether it will be reused, resumed or built, and why. Starts nothing."""
-    _allow_code(allow_code)
+    """Show for each stage whether it will be reused, resumed or built, and why. Starts nothing.
+
+    With --hardware: what each stage needs there instead, in memory, time and money, whether it fits, and the smallest change
+    that makes it fit; exit code 1 if one does not fit. Neither data, weights nor devices are needed for that.
+    """
     loaded = load_config(config, sets or ())
+    if hardware is not None:
+        raise typer.Exit(0 if show_needs(loaded, hardware, model, price, rows or (), as_json) else 1)
+    if alone := [
+        name for name, given in (("--model", model), ("--price", price), ("--rows", rows)) if given is not None
+    ]:
+        raise ConfigError(f"{alone[0]}: means nothing without --hardware, e.g. --hardware a100-80g:8")
+    _allow_code(allow_code)
     show_plan(plan_run(loaded, Store(loaded.store), _forced(loaded, force, first)), loaded)
 
 
@@ -249,6 +272,7 @@ app.command()(up)
 app.command()(down)
 app.command()(resume)
 app.command()(sweep)
+app.command()(branch)
 app.command("deploy")(deploy_command)
 app.command("automations")(automations_command)
 

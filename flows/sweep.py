@@ -66,7 +66,7 @@ def sweep(
         if variant.number not in failed:
             _run(variant, len(every), failed)
     place = report_sweep(config, every, plans, stages, failed)
-    say(f"comparison: {place}")
+    get_run_logger().info("comparison: %s", place)
     if failed:
         names = "; ".join(f"{n} ({every[n - 1].label}): {why}" for n, why in failed.items())
         raise SweepFailed(f"{len(failed)} of {len(every)} variants failed: {names}; the same command tries them again")

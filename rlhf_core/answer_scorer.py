@@ -22,7 +22,7 @@ from rlhf_core.ppo_args import PPOArgs
 from rlhf_core.reward_sources import Judge, judge_of
 from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine
 from rlhf_core.rollout import Rollout, pad_to
-from rlhf_core.scoring import aligned_values, end_scores, response_scores, response_values
+from rlhf_core.scoring import aligned_values, close_up, end_scores, response_scores, response_values
 
 
 class AnswerScorer:
@@ -143,8 +143,7 @@ class AnswerScorer:
         if self.engine.reward is None:
             return torch.zeros(len(rows), device=rows.logprobs.device)
         if self.engine.retokenizer is None:
-            ids = torch.cat([rows.prompt_ids, rows.response_ids], 1)
-            mask = torch.cat([rows.prompt_mask, rows.response_mask], 1)
+            ids, mask, _ = close_up(rows.prompt_ids, rows.prompt_mask, rows.response_ids, rows.response_mask)
         else:
             ids, mask, _ = self._in_other_tokens(rows)
         scores = end_scores(self.engine.reward, ids, mask)

@@ -374,15 +374,23 @@ class Checkpointer:
         """Take up the newest whole checkpoint; None if there is none. Collective.
 
         What is damaged, or cannot be taken up, is told and passed over for the one before it.
+
+        Raises:
+            IntegrityError: there is none, and the stage is a branch, which has no beginning of its own.
         """
-        if self.off:
-            return None
-        with self.context.transferring("resume"):
-            position, gone = self._restore_newest()
-            if position is None and gone:  # by another attempt, believed dead, which has stored newer ones
-                self.context.say("checkpoints were removed while they were being read; looking again")
-                position, _ = self._restore_newest()
-            return position
+        position = None
+        if not self.off:
+            with self.context.transferring("resume"):
+                position, gone = self._restore_newest()
+                if position is None and gone:  # by another attempt, believed dead, which has stored newer ones
+                    self.context.say("checkpoints were removed while they were being read; looking again")
+                    position, _ = self._restore_newest()
+        if position is None and self.context.job.spec.get("branch"):
+            raise IntegrityError(
+                f"{self.context.job.output.id}: a branch begins from a checkpoint, and none can be taken up here: what is "
+                "offloaded to nvme has none; a damaged one is copied again with --force"
+            )
+        return position
 
     def _restore_newest(self) -> tuple[Position | None, bool]:
         """The position taken up, and whether something that was listed was not there any more."""

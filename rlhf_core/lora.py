@@ -173,9 +173,15 @@ class WithoutAdapters:
         return self
 
 
+def gathered(parts: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
+    """Weights are whole in this `with` block, where ZeRO-3 has partitioned some; collective then."""
+    divided = [part for part in parts if hasattr(part, "ds_id")]
+    return deepspeed.zero.GatheredParameters(divided, enabled=bool(divided))  # pyright: ignore[reportReturnType]
+
+
 def whole(parameter: Tensor) -> Tensor:
     """A copy of a whole weight on every rank, gathered where ZeRO-3 has partitioned it."""
-    with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+    with gathered([parameter]):
         return parameter.detach().clone()
 
 
@@ -195,7 +201,7 @@ def weights(model: nn.Module) -> list[Weight]:
         if layer is None:
             found.append(Weight(plain, [parameter], unquantized))
         else:
-            found.append(_merged(plain, layer, parameter))
+            found.append(merged(plain, layer))
     kept = model.state_dict().keys()
     found += [Weight(n, [b], lambda w: w) for n, b in model.named_buffers() if n in kept]
     return found
@@ -211,14 +217,15 @@ def unquantized(weight: Tensor) -> Tensor:
     return dequantize_4bit(weight.data, state)
 
 
-def _merged(name: str, layer: Any, base: Tensor) -> Weight:
+def merged(name: str, layer: Any) -> Weight:
+    """The weight of an adapted layer with its adapter in it: W + alpha/rank B A, summed in fp32."""
     scale, flip = layer.scaling[ADAPTER], bool(layer.fan_in_fan_out)
 
     def make(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
         w, delta = unquantized(w), scale * (b.float() @ a.float())
         return (w.float() + (delta.T if flip else delta)).to(w.dtype)
 
-    return Weight(name, [base, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight], make)
+    return Weight(name, [layer.base_layer.weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight], make)
 
 
 def adapter_weights(model: nn.Module) -> list[Weight]:

@@ -111,6 +111,8 @@ def make_plan(config: PipelineConfig, store: Store, force: tuple[str, ...] = ())
 
 def _why(store: Store, stage: StageName, identity: dict[str, Any], inputs: dict[str, ArtifactRef]) -> str:
     """The nearest published artifact of the stage and what differs from it."""
+    if branch := identity.get("branch"):
+        return f"branches off {branch['artifact']} at step {branch['step']}"
     nearest: tuple[int, Manifest, list[str]] | None = None
     for manifest in list_manifests(store, stage):
         changes = differences(manifest.spec, identity)

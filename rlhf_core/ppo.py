@@ -64,6 +64,7 @@ class PPOStage(Resumable):
         self.seconds = 0.0
         self._times = {"seconds_rollout": 0.0, "seconds_update": 0.0}
         self._count: Callable[[], None] = lambda: None
+        self._alike = False  # whether all ranks make the same passes in what is under way
         self._answers: Experience | None = None
         self._experience: Experience | None = None
         self.texts = self._pretraining_rows() if self.spec.ptx else None
@@ -136,6 +137,7 @@ class PPOStage(Resumable):
         return {**self.trainer.metrics, **times}
 
     def _sample(self, step: int) -> Experience:
+        self._alike = self.trainer.sampler.lock_step
         with self._clock("rollout"):
             found = self.checkpoints.unless_told(lambda: self.trainer.sample(self.prompts(step)))
         if found is None:
@@ -144,6 +146,7 @@ class PPOStage(Resumable):
         return found
 
     def _score(self, step: int, answers: Experience) -> Experience:
+        self._alike = any(int(engine.zero_optimization_stage()) == 3 for engine in self.engine.models.values())
         with self._clock("rollout"):
             found = self.checkpoints.unless_told(lambda: self.trainer.score(answers))
         if found is None:
@@ -153,8 +156,7 @@ class PPOStage(Resumable):
         return found
 
     def _stop_if_told(self) -> None:
-        alike = any(int(engine.zero_optimization_stage()) == 3 for engine in self.engine.models.values())
-        self.checkpoints.stop_if_told(alike, every=16)
+        self.checkpoints.stop_if_told(self._alike, every=16)
 
     def _updated(self, step: int) -> None:
         self.checkpoints.at(Position(step=step, phase="update", update=self.trainer.updates))

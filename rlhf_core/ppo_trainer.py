@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core import ppo_math as pm
+from rlhf_core.answer_sampler import AnswerSampler
 from rlhf_core.answer_scorer import AnswerScorer
 from rlhf_core.batches import Row, deal
 from rlhf_core.distributed import sum_over_ranks
@@ -27,7 +28,6 @@ from rlhf_core.experience import Experience, gather_experience
 from rlhf_core.models import check_positions
 from rlhf_core.ppo_args import PPOArgs, ppo_args
 from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine
-from rlhf_core.rollout import Sampling, generate
 from rlhf_core.rollout_metrics import rollout_metrics
 from rlhf_core.scoring import label_nats, response_scores
 
@@ -67,9 +67,8 @@ class DeepSpeedPPOTrainer:
         self.on_life: Callable[[], None] | None = None
         self.total_steps = engine.num_total_iters * self.spec.ppo_epochs * self.spec.minibatches
         self.vocabulary = len(self.tokenizer)
-        spec, limit = self.spec, self.args.max_response_tokens
-        self.sampling = Sampling(limit, spec.temperature, spec.top_k, spec.top_p, self.vocabulary)
         self.give_up: Callable[[], None] | None = None
+        self.sampler = AnswerSampler(engine, self.args)
         self.scorer = AnswerScorer(engine, self.args, self._scored)
 
     def generate_experience(self, prompt_batch: Mapping[str, Any]) -> Experience:
@@ -95,21 +94,7 @@ class DeepSpeedPPOTrainer:
         names = [number * answers + k for number in numbers for k in range(answers)]
         prompts = [prompt for prompt in prompts for _ in range(answers)]
         self.eval()
-        zero3 = self.engine.actor.zero_optimization_stage() == 3
-        rollout = generate(
-            self.engine.actor.module,
-            prompts,
-            names,
-            self.sampling,
-            seed=self.args.seed,
-            eos=self.tokenizer.eos_token_id,
-            pad=self.tokenizer.pad_token_id,
-            batch_size=self.resources.rollout_micro_batch,
-            lock_step=zero3,
-            on_batch=lambda _: self.tell(),
-            on_token=self.give_up,
-            engine=self.resources.rollout_engine,
-        )
+        rollout = self.sampler.sample(prompts, names, lambda _: self.tell(), self.give_up)
         return self.scorer.unscored(rollout, names)
 
     def score(self, answers: Experience) -> Experience:
@@ -123,7 +108,7 @@ class DeepSpeedPPOTrainer:
 
     def record(self) -> dict[str, Any]:
         """All that the trainer's further steps depend on beside the engines, as JSON; for a checkpoint."""
-        return {name: getattr(self, name) for name in RECORDED}
+        return {**{name: getattr(self, name) for name in RECORDED}, "rollout_weights": self.sampler.decided}
 
     def resume(self, record: Mapping[str, Any]) -> None:
         """Take up what `record` said. ConfigError: it is of another version."""
@@ -131,6 +116,9 @@ class DeepSpeedPPOTrainer:
             raise ConfigError(f"checkpoint: has no {missing[0]}; it cannot be resumed")
         for name in RECORDED:
             setattr(self, name, record[name])
+        if self.spec.kl_controller == "fixed":
+            self.kl_coef = self.spec.kl_coef  # a branch may have another than what it leaves
+        self.sampler.decided = dict(record.get("rollout_weights", {}))
 
     def _scored(self) -> None:
         self.tell()

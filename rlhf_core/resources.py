@@ -49,8 +49,20 @@ class Resources(Frozen):
         description="tokens of such a pass, padding included: where rows are long fewer go together; null: no limit",
     )
     rollout_micro_batch: Positive = Field(default=64, description="sequences generated at once, per rank")
-    rollout_engine: Literal["slots", "plain"] = Field(
-        default="slots", description="slots: rows that end make room for others; plain: whole batches, to compare with"
+    rollout_engine: Literal["slots", "plain", "generate", "vllm"] = Field(
+        default="slots",
+        description="slots: rows that end make room for others; plain: whole batches, to compare with; generate: transformers' "
+        "own loop, for models that need it; vllm: on GPUs, not tested, other answers",
+    )
+    rollout_gather: Literal["auto", "once", "layers"] = Field(
+        default="auto",
+        description="ZeRO 3: the actor's weights whole once a rollout, or layer by layer at every pass; auto: once where half of "
+        "what every rank has free is enough",
+    )
+    rollout_lora: Literal["auto", "merged", "applied"] = Field(
+        default="auto",
+        description="LoRA in rollouts: added to a copy of the weights, or computed beside them; auto: merged where half of what "
+        "every rank has free is enough",
     )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
         default=0, description="what DeepSpeed divides among the ranks"

@@ -35,6 +35,23 @@ class StageSpec(Frozen):
     )
 
 
+class BranchSpec(Frozen):
+    """Where a stage leaves another one's course: it begins from a checkpoint of that one."""
+
+    artifact: str = Field(
+        pattern=r"^(sft|reward|ppo|dpo)/[a-z0-9][a-z0-9._-]*-[0-9a-f]{12}$", description="id of the stage it leaves"
+    )
+    step: Positive = Field(description="finished steps or rollouts of the checkpoint")
+
+
+class TrainedSpec(StageSpec):
+    """What the spec of every stage that trains has."""
+
+    branch: BranchSpec | None = Field(
+        default=None, description="go on from another run's checkpoint; `rlhf branch` sets it"
+    )
+
+
 class ModelSpec(Frozen):
     """A pretrained model (`path`) or a new one from scratch (`family` and its size), never both."""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rlhf_core.spec_base import Fraction, Frozen, LoRASpec, NonNegative, OptimSpec, Positive, Precision, StageSpec
+from rlhf_core.spec_base import Fraction, Frozen, LoRASpec, NonNegative, OptimSpec, Positive, Precision, TrainedSpec
 
 
 class ModelReward(Frozen):
@@ -74,7 +74,7 @@ class PTXSpec(Frozen):
     )
 
 
-class PPOSpec(StageSpec):
+class PPOSpec(TrainedSpec):
     """Proximal policy optimisation. Every constant of the algorithm is a field here."""
 
     steps: Positive = Field(default=100, description="rollouts; each is followed by ppo_epochs x minibatches updates")

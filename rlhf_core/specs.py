@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from rlhf_core.spec_base import (
     STAGES,
+    BranchSpec,
     Family,
     Fraction,
     Frozen,
@@ -25,6 +26,7 @@ from rlhf_core.spec_base import (
     StageName,
     StageSpec,
     TokenizerSpec,
+    TrainedSpec,
 )
 from rlhf_core.spec_data import (
     DataSpec,
@@ -40,6 +42,7 @@ from rlhf_core.spec_ppo import EMASpec, FunctionReward, HTTPReward, ModelReward,
 
 __all__ = [
     "STAGES",
+    "BranchSpec",
     "DPOSpec",
     "DataSpec",
     "EMASpec",
@@ -75,7 +78,7 @@ __all__ = [
 ]
 
 
-class SFTSpec(StageSpec):
+class SFTSpec(TrainedSpec):
     """Supervised fine-tuning: token-mean cross-entropy."""
 
     epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -89,7 +92,7 @@ class SFTSpec(StageSpec):
     eval_every: Positive | None = Field(default=None, description="steps between evaluations; default: at the end only")
 
 
-class RewardSpec(StageSpec):
+class RewardSpec(TrainedSpec):
     """Reward model: -log sigmoid(r(chosen) - r(rejected)) on the score of each response's last token."""
 
     epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -138,7 +141,7 @@ class RewardSpec(StageSpec):
         return self
 
 
-class DPOSpec(StageSpec):
+class DPOSpec(TrainedSpec):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) on the reward share's pairs.
 
     With h = (log p - log p_ref)(chosen) - (log p - log p_ref)(rejected): sigmoid -log sigmoid(beta h), smoothed by

@@ -78,6 +78,7 @@ class PipelineReport:
                 ref = run(stage, **inputs)
             except GateFired:
                 self._note_gates(stage)
+                self._note(stage, self._plan[stage].ref)  # which may be finished all the same
                 raise
             self._note_gates(stage)
             self._note(stage, ref)
@@ -96,9 +97,9 @@ class PipelineReport:
         except Exception as error:
             self._warn(error)
             return
-        assert manifest, f"{ref.id} is published"
-        self._manifests[stage] = manifest
-        self._tell(stage, done(self._plan[stage], manifest))
+        if manifest:
+            self._manifests[stage] = manifest
+            self._tell(stage, done(self._plan[stage], manifest))
 
     def _note_gates(self, stage: StageName) -> None:
         """Which of the configuration's gates have fired on a stage; one that fired in several attempts counts as in the last."""

@@ -27,7 +27,7 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.runtime import flow_run, task_run
 from prefect.states import Completed
 
-from rlhf_core import checkpoints, local_parts, reward_code
+from rlhf_core import branch, checkpoints, local_parts, reward_code
 from rlhf_core.artifacts import MANIFEST, ArtifactRef, Manifest, publish, read_manifest, retired_before, verify
 from rlhf_core.config import PipelineConfig
 from rlhf_core.credentials import scrub
@@ -91,6 +91,7 @@ def build_stage(
         JobFailed: the job ended without its result; reason "busy": another run held the artifact for longer than
             resources.timeout_hours; reason "preempted in vain": it was twice in a row, without getting further.
         IntegrityError: what is stored differs from what is recorded of it.
+        ConfigError: the checkpoint that a branch begins from is gone.
         StoreError: the store could not be reached.
     """
     waiting = Waiting(store, planned, config.resources.of(planned.stage).timeout_hours * 3600, on_event, tell)
@@ -144,6 +145,7 @@ def _build(
         if force:
             retire(store, planned.ref, force, number)
         reward_code.upload(store, lease.job)
+        branch.plant(store, lease.job, tell)
         with watch.over(store, lease) if watch else nullcontext():
             result = run_job(store, lease, on_event=on_event)
         manifest = _publish(store, lease, _manifest(store, planned, lease.job, result, provenance))

@@ -42,7 +42,7 @@ def tiny_root(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def folders(tiny_root) -> dict[str, str]:
     """Folders of the tiny tokenizer, SFT model ("actor") and reward model ("critic")."""
     from rlhf_core.artifacts import ArtifactRef

@@ -1,10 +1,13 @@
-"""What a rollout yields: answers with their log-probabilities, as tensors; and the padding of rows that they share."""
+"""What a rollout yields: answers with their log-probabilities, as tensors, and how they grow; and the padding of rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from rlhf_core.rollout.sampling import Sampling, pack_bits, sample_token
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,48 @@ class Rollout:
     def responses(self) -> list[list[int]]:
         """Token ids of each answer, EOS included where it was emitted."""
         return [row[mask.bool()].tolist() for row, mask in zip(self.response_ids, self.response_mask, strict=True)]
+
+
+class Answers:
+    """The answers of a rollout as they grow.
+
+    Attributes:
+        lengths: `[answers]`, tokens so far.
+        done: how many have ended.
+    """
+
+    def __init__(self, count: int, sampling: Sampling, eos: int, pad: int, device: torch.device) -> None:
+        self.sampling, self.eos, self.done = sampling, eos, 0
+        self.lengths = np.zeros(count, dtype=np.int64)
+        shape = (count, sampling.max_new_tokens)
+        self.ids = torch.full(shape, pad, dtype=torch.long, device=device)
+        self.logprobs, self.entropy = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+        self.support: Tensor | None = None
+
+    def draw(self, numbers: np.ndarray, logits: Tensor, noise: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """Add a token to each of the answers `numbers`; the tokens, and which have ended with them, `[numbers]` each."""
+        drawn = sample_token(logits, self.sampling, noise)
+        at = torch.from_numpy(numbers).to(logits.device), torch.from_numpy(self.lengths[numbers]).to(logits.device)
+        self.ids[at], self.logprobs[at], self.entropy[at] = drawn.token, drawn.logprob, drawn.entropy
+        if drawn.keep is not None:
+            packed = pack_bits(drawn.keep)
+            if self.support is None:
+                self.support = packed.new_zeros((*self.ids.shape, packed.shape[-1]))
+            self.support[at] = packed
+        self.lengths[numbers] += 1
+        ended = (drawn.token == self.eos).cpu().numpy() | (self.lengths[numbers] == self.ids.shape[1])
+        self.done += int(ended.sum())
+        return drawn.token, ended
+
+    def rollout(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Rollout:
+        """All of them, as wide as the longest."""
+        width = int(self.lengths.max())
+        columns = torch.arange(width, device=self.ids.device)
+        mask = columns < torch.from_numpy(self.lengths).to(self.ids.device).unsqueeze(1)
+        parts = (self.ids, self.logprobs, self.entropy)
+        ids, logprobs, entropy = (part[:, :width].clone() for part in parts)
+        support = None if self.support is None else self.support[:, :width].clone()
+        return Rollout(prompt_ids, prompt_mask, ids, mask.long(), logprobs, entropy, support)
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

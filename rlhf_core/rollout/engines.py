@@ -7,12 +7,20 @@ import numpy as np
 import torch
 
 from rlhf_core.rollout.answers import Rollout
+from rlhf_core.rollout.native import generate_native
+from rlhf_core.rollout.on_vllm import generate_vllm
 from rlhf_core.rollout.plain import generate_plain
 from rlhf_core.rollout.request import Request
 from rlhf_core.rollout.sampling import Sampling
 from rlhf_core.rollout.slots import generate_slots
 
-EngineName = Literal["slots", "plain"]
+EngineName = Literal["slots", "plain", "generate", "vllm"]
+ENGINES: dict[EngineName, Callable[[Any, Request], Rollout]] = {
+    "slots": generate_slots,
+    "plain": generate_plain,
+    "generate": generate_native,
+    "vllm": generate_vllm,
+}
 
 
 @torch.no_grad()
@@ -45,8 +53,8 @@ def generate(
         lock_step: ranks make the same number of forward passes (ZeRO-3, where every one is collective).
         on_batch: called with the number of answers done when some have ended.
         on_token: called before each forward pass; what it raises gives the rollout up.
-        engine: changes nothing but rounding.
+        engine: changes nothing but rounding; except vllm, whose noise is another.
     """
     names = np.asarray(sample_ids, dtype=np.int64)
     asked = Request(prompts, names, sampling, seed, eos, pad, batch_size, lock_step, on_batch, on_token)
-    return generate_plain(model, asked) if engine == "plain" else generate_slots(model, asked)
+    return ENGINES[engine](model, asked)

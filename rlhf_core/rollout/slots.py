@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from rlhf_core.distributed import any_rank
-from rlhf_core.rollout.answers import Rollout, left_pad
+from rlhf_core.rollout.answers import Answers, Rollout, left_pad
 from rlhf_core.rollout.cache import SlotCache
 from rlhf_core.rollout.cpu import fast_steps
 from rlhf_core.rollout.request import Request
-from rlhf_core.rollout.sampling import Sampling, pack_bits, sample_token, uniform
+from rlhf_core.rollout.sampling import uniform
 from rlhf_core.rollout.step import last_logits
 
 EFFICIENT_TOKENS = 512  # a pass of so many is as cheap a token as a larger one
@@ -61,48 +61,6 @@ def group_of(queue: Sequence[Waiting], free: int) -> int:
             break
         count += 1
     return count
-
-
-class Answers:
-    """The answers of a rollout as they grow.
-
-    Attributes:
-        lengths: `[answers]`, tokens so far.
-        done: how many have ended.
-    """
-
-    def __init__(self, count: int, sampling: Sampling, eos: int, pad: int, device: torch.device) -> None:
-        self.sampling, self.eos, self.done = sampling, eos, 0
-        self.lengths = np.zeros(count, dtype=np.int64)
-        shape = (count, sampling.max_new_tokens)
-        self.ids = torch.full(shape, pad, dtype=torch.long, device=device)
-        self.logprobs, self.entropy = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
-        self.support: Tensor | None = None
-
-    def draw(self, numbers: np.ndarray, logits: Tensor, noise: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """Add a token to each of the answers `numbers`; the tokens, and which have ended with them, `[numbers]` each."""
-        drawn = sample_token(logits, self.sampling, noise)
-        at = torch.from_numpy(numbers).to(logits.device), torch.from_numpy(self.lengths[numbers]).to(logits.device)
-        self.ids[at], self.logprobs[at], self.entropy[at] = drawn.token, drawn.logprob, drawn.entropy
-        if drawn.keep is not None:
-            packed = pack_bits(drawn.keep)
-            if self.support is None:
-                self.support = packed.new_zeros((*self.ids.shape, packed.shape[-1]))
-            self.support[at] = packed
-        self.lengths[numbers] += 1
-        ended = (drawn.token == self.eos).cpu().numpy() | (self.lengths[numbers] == self.ids.shape[1])
-        self.done += int(ended.sum())
-        return drawn.token, ended
-
-    def rollout(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Rollout:
-        """All of them, as wide as the longest."""
-        width = int(self.lengths.max())
-        columns = torch.arange(width, device=self.ids.device)
-        mask = columns < torch.from_numpy(self.lengths).to(self.ids.device).unsqueeze(1)
-        parts = (self.ids, self.logprobs, self.entropy)
-        ids, logprobs, entropy = (part[:, :width].clone() for part in parts)
-        support = None if self.support is None else self.support[:, :width].clone()
-        return Rollout(prompt_ids, prompt_mask, ids, mask.long(), logprobs, entropy, support)
 
 
 class Slots:

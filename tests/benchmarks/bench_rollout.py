@@ -1,10 +1,11 @@
-"""Speed of rollouts: our engines beside transformers' `generate`, on the same weights, prompts and sampling.
+"""Speed of rollouts: our engines beside transformers' `generate` as it is, on the same weights, prompts and sampling.
 
-    python tests/benchmarks/bench_rollout.py [--precision bf16] [--repeats 3] [--threads 2] [--layers 12] [--out FILE]
+    python tests/benchmarks/bench_rollout.py [--precision bfloat16] [--repeats 3] [--threads 2] [--layers 12] [--lora RANK]
 
 A model of OPT-125m's shape with random weights. `fixed`: 16 prompts of 128 tokens, 128 new ones each. `varied`: 32 prompts of 32 to
 256 tokens, and EOS so likely that answers have 55 of 128 tokens on average, which is what differs from row to row in practice.
-Engines take turns; medians of wall and CPU seconds, and useful tokens (through EOS) a CPU second.
+Engines take turns; medians of wall and CPU seconds, and useful tokens (through EOS) a CPU second; `--out` keeps all repeats. With
+`--lora` it is adapters on all linear layers that are compared: applied, and merged (anew in each rollout, which is counted).
 """
 
 import argparse
@@ -20,7 +21,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, OPTConfig
 
-from rlhf_core.rollout import Sampling, generate, left_pad
+from rlhf_core.lora import add_lora, layers
+from rlhf_core.rollout import EngineName, Sampling, generate, left_pad
+from rlhf_core.rollout.twin import twin
+from rlhf_core.specs import LoRASpec
 
 VOCABULARY, EOS, PAD, NEW, MEAN = 50_264, 2, 1, 128, 55
 Prompts = Sequence[Sequence[int]]
@@ -46,8 +50,17 @@ def work(case: str) -> tuple[Prompts, float]:
     return [random.integers(3, VOCABULARY, n).tolist() for n in lengths], more
 
 
-def ours(model: Any, prompts: Prompts, engine: str) -> int:
-    """Useful tokens that one of our engines samples."""
+def add_adapters(model: Any, rank: int) -> None:
+    """Adapters that do something, on every linear layer of the blocks."""
+    add_lora(model, LoRASpec(rank=rank, alpha=2.0 * rank), "--lora")
+    for _, layer in layers(model):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.01)
+    model.eval()
+
+
+def ours(model: Any, prompts: Prompts, engine: EngineName, merge: bool = False) -> int:
+    """Useful tokens that one of our engines samples, on the model or on a twin with its adapters merged."""
+    model = twin(model, merge=True) if merge else model
     options = {"seed": 0, "eos": EOS, "pad": PAD, "batch_size": 16}
     made = generate(model, prompts, range(len(prompts)), Sampling(NEW), engine=engine, **options)
     return int(made.response_mask.sum())
@@ -71,6 +84,21 @@ def theirs(model: Any, prompts: Prompts) -> int:
         ended = (made == EOS).cumsum(1) - (made == EOS).long()
         count += int((ended == 0).sum())
     return count
+
+
+def systems_of(model: Any, prompts: Prompts, lora: bool) -> dict[str, Callable[[], int]]:
+    """What is compared; the last is what ratios are to."""
+    if lora:
+        return {
+            "merged": lambda: ours(model, prompts, "slots", merge=True),
+            "applied": lambda: ours(model, prompts, "slots"),
+        }
+    return {
+        "slots": lambda: ours(model, prompts, "slots"),
+        "plain": lambda: ours(model, prompts, "plain"),
+        "generate": lambda: ours(model, prompts, "generate"),
+        "transformers": lambda: theirs(model, prompts),
+    }
 
 
 def measure(systems: dict[str, Callable[[], int]], repeats: int) -> dict[str, dict[str, Any]]:
@@ -99,25 +127,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--layers", type=int, default=12, help="fewer: quicker")
+    parser.add_argument("--lora", type=int, help="rank of adapters, to compare merged with applied")
     parser.add_argument("--out", type=Path, help="JSON with all repeats")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     found = []
     for precision in args.precision:
         model = opt_125m(args.layers, precision)
+        if args.lora:
+            add_adapters(model, args.lora)
         for case in args.case:
             prompts, more = work(case)
             hook = model.get_output_embeddings().register_forward_hook(lambda _m, _i, out, more=more: _add(out, more))
-            systems: dict[str, Callable[[], int]] = {
-                "slots": lambda prompts=prompts, model=model: ours(model, prompts, "slots"),
-                "plain": lambda prompts=prompts, model=model: ours(model, prompts, "plain"),
-                "transformers": lambda prompts=prompts, model=model: theirs(model, prompts),
-            }
+            systems = systems_of(model, prompts, bool(args.lora))
             figures = measure(systems, args.repeats)
             hook.remove()
             found.append({"precision": precision, "case": case, "systems": figures})
             for name, row in figures.items():
-                ratio = row["tokens_per_cpu_second"] / figures["transformers"]["tokens_per_cpu_second"]
+                base = figures[list(figures)[-1]]["tokens_per_cpu_second"]
+                ratio = row["tokens_per_cpu_second"] / base
                 print(
                     f"{precision:9} {case:7} {name:13} wall {row['wall']:6.2f} s  cpu {row['cpu']:6.2f} s  "
                     f"{row['tokens_per_cpu_second']:6.1f} tokens a CPU second  x{ratio:.2f}",

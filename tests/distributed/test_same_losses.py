@@ -44,7 +44,7 @@ LAYOUTS = {
     "2-processes": (2, {"micro_batch": 8}),
     "2-processes-zero-1": (2, {"micro_batch": 2, "zero_stage": 1}),
     "2-processes-zero-2": (2, {"micro_batch": 8, "micro_tokens": 50, "zero_stage": 2}),
-    "2-processes-zero-3": (2, {"micro_batch": 8, "micro_tokens": 50, "zero_stage": 3}),
+    "2-processes-zero-3": (2, {"micro_batch": 8, "micro_tokens": 50, "zero_stage": 3, "rollout_gather": "layers"}),
 }  # fmt: skip
 SETTINGS = {"sft-packed": {"pack_tokens": 24}}
 

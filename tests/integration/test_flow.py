@@ -18,6 +18,7 @@ from quick_stage import save
 
 from rlhf_core import launch, lease
 from rlhf_core.artifacts import MANIFEST, FileEntry, Manifest, list_manifests, publish, read_manifest
+from rlhf_core.branch import branch_of
 from rlhf_core.checkpoints import marker_keys
 from rlhf_core.config import PipelineConfig, parse_config
 from rlhf_core.errors import ConfigError, IntegrityError, JobFailed
@@ -672,16 +673,16 @@ def test_the_automations_are_created_once_and_a_switched_off_one_stays_so(server
 
     from flows.automations import PAUSES, automations, install
 
-    assert set(install().values()) == {"created"}
-    assert set(install().values()) == {"there already"}
+    assert set(install(automations()).values()) == {"created"}
+    assert set(install(automations()).values()) == {"there already"}
     [first, *_] = names = [wanted.name for wanted in automations()]
     assert len(names) == 2 + len(PAUSES)
     changed = automations()[0].model_copy(update={"enabled": False, "description": "of last year"})
     with get_client(sync_client=True) as client:
         [found] = client.read_automations_by_name(first)
         client.update_automation(found.id, changed)
-        assert install()[first] == "updated"
-        assert install()[first] == "there already, switched off"
+        assert install(automations())[first] == "updated"
+        assert install(automations())[first] == "there already, switched off"
         assert len(client.read_automations()) == len(names)
 
 
@@ -994,6 +995,44 @@ def test_when_a_shared_stage_fails_it_is_not_tried_again_for_each_variant(server
     with pytest.raises(SweepFailed, match="2 of 3 variants failed: 1 "):
         sweep(config, (), ({"ppo.seed": 1}, {"ppo.seed": 2}, {"method": "dpo"}))
     assert [attempts(store, stage) for stage in (*STAGES, "dpo")] == [1, 1, 1, 0, 1, 1]
+
+
+# --- branches --------------------------------------------------------------------------------------------------------
+
+
+def test_a_branch_goes_on_from_a_checkpoint_and_its_result_needs_nothing_of_what_it_left(
+    config, store, orders, tmp_path, capfd
+):
+    from tasks.stage import build_stage
+
+    def build(config: PipelineConfig, stage: str, force: str | None = None):
+        for planned in make_plan(config, store):
+            made = build_stage(store, config, planned, force if planned.stage == stage else None)
+            if planned.stage == stage:
+                return made
+        raise AssertionError(stage)
+
+    left = next(planned for planned in make_plan(config, store) if planned.stage == "sft")
+    (orders / "sft").write_text("save 40\nexit 3\n\n")
+    with pytest.raises(JobFailed):
+        build(config, "sft")
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(config.model_dump_json())
+    words = ("branch", file, "--stage", "sft", "--set", "sft.optim.lr=1e-4", "--at-step")
+    code, _, err = command_line(capfd, *words, 41, "--dry-run")
+    assert code == 2 and "no checkpoint at step 41; there are: 40" in err
+    code, out, _ = command_line(capfd, *words, 40, "--dry-run")
+    assert code == 0 and f"branches off {left.ref.id} at step 40" in out
+    made = branch_of(config, "sft", 40, ["sft.optim.lr=1e-4"], store)
+    stage = build(made, "sft")
+    assert stage.how == "resumed" and stage.manifest.attempt == 1
+    assert stage.manifest.provenance["job"]["resumed"] == [{"attempt": 1, "from": "step 40"}]
+    assert not any("/checkpoints/" in key for key in store.list(stage.manifest.ref.id))
+    for key in store.list(left.ref.id):
+        store.delete(key)
+    assert build(made, "sft").how == "reused"
+    with pytest.raises(ConfigError, match="no checkpoint at step 40; there are: none"):
+        build(made, "sft", force="again")
 
 
 # --- reporting -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ CONTRACT = (
     "sources job lease preemption plan launch guard doctor cluster ends members starting hosts interfaces room "
     "ssh start_ssh start_slurm start_nodes slurm preflight doctor_hosts failures outcome ranklog joblog link head node "
     "context local_parts reward_code next_attempt gold card tensorboard reward_sources eval.request eval.pairs "
-    "eval.peak gates fired"
+    "eval.peak gates fired sweep branch planner.shapes planner.known planner.hardware planner.work planner.memory "
+    "planner.phases planner.estimate planner.fit"
 ).split()
 
 

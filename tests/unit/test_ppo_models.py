@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from rlhf_core import answer_sampler
 from rlhf_core.errors import ConfigError
 from rlhf_core.export import save_value_model
 from rlhf_core.lora import WithoutAdapters
@@ -14,6 +15,8 @@ from rlhf_core.ppo_args import PPOArgs
 from rlhf_core.ppo_trainer import DeepSpeedPPOTrainer, DeepSpeedPPOTrainerUnsupervised
 from rlhf_core.resources import Resources
 from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine
+from rlhf_core.rollout.twin import twin_bytes
+from rlhf_core.scoring import end_scores, response_scores
 from rlhf_core.specs import EMASpec, LoRASpec, ModelReward, ModelSpec, OptimSpec, PPOSpec, PTXSpec
 
 OPTIM = OptimSpec(lr=1e-2, schedule="constant")
@@ -67,6 +70,71 @@ def test_shared_weights_give_the_losses_of_frozen_copies(folders):
     for one, other in zip(shared, learn(apart), strict=True):
         for name in ("actor_loss", "critic_loss", "kl_sequence", "score", "approx_kl"):
             assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("engine", ["slots", "plain", "generate"])
+def test_with_each_rollout_engine_log_probabilities_are_those_of_a_plain_forward_pass(engine, folders):
+    trainer = trainer_of(folders, PPOSpec(actor_lora=LORA, **FAST), rollout_engine=engine)
+    learn(trainer, 1)  # so that the adapters do something
+    a = trainer.sample(prompts())
+    plain = response_scores(trainer.engine.actor, a.prompt_ids, a.prompt_mask, a.response_ids, a.response_mask)
+    assert torch.allclose(plain.logprobs, a.logprobs, atol=1e-4)
+    scored = trainer.score(a)
+    assert not torch.allclose(scored.ref_logprobs, a.logprobs, atol=1e-3), "the reference has no adapters"
+    trainer.measure(scored)
+    trainer.train_rlhf(scored)
+    assert trainer.metrics["ratio_first"] < 1e-4
+    assert trainer.sampler.decided == {"merged": True}
+
+
+def test_rollouts_of_merged_and_of_applied_adapters_lead_to_the_same_losses(folders):
+    spec = PPOSpec(actor_lora=LORA, **FAST)
+    merged, applied = (learn(trainer_of(folders, spec, rollout_lora=how)) for how in ("merged", "applied"))
+    for one, other in zip(merged, applied, strict=True):
+        for name in ("actor_loss", "critic_loss", "kl_sequence", "score", "approx_kl"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+
+
+def test_where_memory_is_short_adapters_stay_applied_and_a_checkpoint_keeps_what_was_decided(folders, monkeypatch):
+    spec, free = PPOSpec(actor_lora=LORA, **FAST), [0]
+    monkeypatch.setattr(answer_sampler, "free_bytes", lambda: free[0])
+    short = trainer_of(folders, spec)
+    short.sample(prompts())
+    need = twin_bytes(short.engine.actor.module, merge=True)
+    assert short.sampler.weights == "as they are" and short.record()["rollout_weights"] == {"merged": False}
+
+    def resumed(record: dict, bytes_free: int) -> str:
+        free[0] = bytes_free
+        trainer = trainer_of(folders, spec)
+        trainer.resume(record)
+        return trainer.sampler.weights
+
+    assert resumed(short.record(), 100 * need) == "as they are"
+    short.sampler.decided = {"merged": True}
+    assert resumed(short.record(), need) == "merged"
+    assert resumed(short.record(), need - 1) == "as they are", "on a smaller machine"
+    short.sampler.decided = {}
+    assert resumed(short.record(), 2 * need) == "merged" and resumed(short.record(), 2 * need - 1) == "as they are"
+
+
+def test_vllm_is_refused_where_there_is_no_gpu_before_anything_is_sampled(folders):
+    with pytest.raises(ConfigError, match=r"resources.rollout_engine 'vllm': needs a GPU.*slots"):
+        trainer_of(folders, PPOSpec(**FAST), rollout_engine="vllm")
+
+
+def test_the_reward_model_reads_rows_without_the_padding_between_prompt_and_answer_and_scores_alike(folders):
+    trainer, widths = trainer_of(folders, PPOSpec(**FAST)), []
+    batch = {"prompt": [[5, 6, 7, 8, 9, 10, 11, 12], [3], [9, 4]]}
+    answers = trainer.sample(batch)
+    answers.response_mask[0, 1:] = 0  # the longest prompt with the shortest answer
+    reward = trainer.engine.reward
+    reward.module.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
+    scored = trainer.score(answers)
+    assert widths == [max(9, 1 + int(answers.response_mask[1].sum()), 2 + int(answers.response_mask[2].sum()))]
+    ids = torch.cat([answers.prompt_ids, answers.response_ids], 1)
+    mask = torch.cat([answers.prompt_mask, answers.response_mask], 1)
+    assert widths[0] < ids.shape[1]
+    assert torch.allclose(scored.scores, end_scores(reward, ids, mask), atol=1e-5)
 
 
 def test_only_adapters_move_and_a_critics_head(folders):

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONFIG ?= deployments/configs/quickstart.yaml
 RLHF := $(BIN)/rlhf
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow faults check install real s3 bench-store bench-checkpoint clean
+.PHONY: help demo test test-slow faults check install real s3 bench-store bench-checkpoint bench-plan clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -41,6 +41,10 @@ bench-store: $(VENV)/.installed-dev ## speed of the store on S3, beside boto3 an
 bench-checkpoint: $(VENV)/.installed-dev ## what checkpoints cost the quickstart's PPO, with and without them
 	@mkdir -p build
 	@$(BIN)/python tests/benchmarks/bench_checkpoint.py --out build/bench-checkpoint.json
+
+bench-plan: $(VENV)/.installed-dev ## the planner beside published figures and measured memory, cell by cell
+	@$(BIN)/python tests/benchmarks/planner_published.py
+	@PYTHONPATH=tests $(BIN)/python tests/distributed/planner_cells.py
 
 clean: ## remove the environment and the artifacts of this folder
 	rm -rf $(VENV) .rlhf

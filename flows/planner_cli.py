@@ -62,6 +62,8 @@ def show_needs(
         out.print_json(data=_as_json(devices, found, changes, price))
     else:
         _print(devices, found, changes, price)
+        if config.resources.processes != devices.devices:
+            out.print(f"planned with one rank a device: --set resources.processes={devices.devices}", highlight=False)
     return all(e.fits for e in found)
 
 
@@ -138,6 +140,7 @@ def _print_verdict(e: StageEstimate, change: Change | None) -> None:
         return
     words = " ".join(f"--set {word}" for word in change.sets)
     note = "; adapters train instead of all weights: another result" if change.identity else ""
+    note += "; what offload takes is not in the time" if "offload" in words else ""
     peak, step = _gb(change.estimate.peak), _time(change.estimate.step_seconds)
     out.print(f"        smallest change: {words}", soft_wrap=True, highlight=False, markup=False)
     out.print(f"        then peak {peak}, {step} a step{note}", soft_wrap=True, highlight=False)

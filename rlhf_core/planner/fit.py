@@ -27,13 +27,11 @@ class Change:
 
     Attributes:
         sets: words for `--set`, e.g. `resources.stages.ppo.zero_stage=2`.
-        config: with them.
         estimate: of the stage with them.
         identity: whether the result is another one (adapters instead of all weights).
     """
 
     sets: tuple[str, ...]
-    config: PipelineConfig
     estimate: StageEstimate
     identity: bool
 
@@ -46,13 +44,13 @@ def smallest_change(
     Args:
         config, stage, hardware, shapes, rows: as for `estimate`.
     """
-    for sets in sorted(_combinations(config, stage, hardware), key=lambda found: found[0]):
-        changed = _changed(config, stage, sets[1], sets[2])
+    for _, fields, ranks in sorted(_combinations(config, stage, hardware), key=lambda one: one[0]):
+        changed = _changed(config, stage, fields, ranks)
         found = estimate(changed, stage, hardware, shapes, rows)
         if found.fits:
-            words = [f"resources.stages.{stage}.{field}={_word(value)}" for field, value in sets[1].items()]
-            words += [f"{stage}.{field}.rank={rank}" for field, rank in sets[2].items()]
-            return Change(tuple(words), changed, found, bool(sets[2]))
+            words = [f"resources.stages.{stage}.{field}={_word(value)}" for field, value in fields.items()]
+            words += [f"{stage}.{field}.rank={rank}" for field, rank in ranks.items()]
+            return Change(tuple(words), found, bool(ranks))
     return None
 
 

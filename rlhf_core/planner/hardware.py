@@ -11,9 +11,7 @@ from dataclasses import dataclass, replace
 from rlhf_core.errors import ConfigError
 
 GIB = 1 << 30
-TRAINING = (
-    0.25  # of the peak: median of the six training rates that DeepSpeed-Chat publishes, by the operations counted here
-)
+TRAINING = 0.25  # of the peak: median of DeepSpeed-Chat's six published training rates, by the operations counted here
 READING = 0.38  # of the bandwidth in a decode step: fitted to its six generation rates and eight times on one GPU
 LAUNCH = 0.21e-3  # seconds a layer takes at least: 5.0 ms for 24 layers, whatever the batch (DeepSpeed's hybrid engine, H100)
 USABLE = 0.92  # of a device's memory; the rest is the runtime's own and what its allocator cannot use

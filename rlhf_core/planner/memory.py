@@ -87,29 +87,42 @@ def states(model: Model, world: int, on_host: bool = True) -> dict[str, float]:
     found = {"weights": 0.0 if away else model.size * model.parameters / part, "engine": ENGINE}
     if model.averaged:
         found["average"] = 4 * model.trained / part
+    own = model.trained / (world if model.zero else 1)
     if model.trained and not model.optimizer_away(on_host):
-        own = model.trained / (world if model.zero else 1)
         found["optimizer"] = own * (12 if model.zero else 8)
+    if model.trained and model.zero == 3:  # allocated once, and kept
+        found["buckets"] = bucket(model, on_host) + (0.0 if model.optimizer_away(on_host) else model.size * own)
     return found
 
 
 def gradients(model: Model, world: int, on_host: bool = True) -> float:
-    """Bytes of the gradients that the micro-batches of an optimizer step add up in.
+    """Bytes of the gradients that the micro-batches of an optimizer step add up in, where they come and go with it.
 
-    They have the weights' type; with ZeRO only the rank's part is kept from one micro-batch to the next.
+    They have the weights' type; with ZeRO only the rank's part is kept from one micro-batch to the next. ZeRO-3 has a place for
+    its part all the time, which is among `states`.
     """
-    if model.optimizer_away(on_host):
+    if model.optimizer_away(on_host) or model.zero == 3:
         return 0.0
     return model.trained * model.size / (world if model.zero else 1)
 
 
-def passing(model: Model, world: int) -> float:
-    """Bytes of gradients on their way in a backward pass: one bucket, and at ZeRO-3 the weights that are gathered."""
+def bucket(model: Model, on_host: bool = True) -> float:
+    """Bytes of the gradients on their way among ranks. A GPU has them whole, and two where it overlaps (ZeRO-1 and 2)."""
     if not model.trained or not model.zero:
         return 0.0
-    bucket = min(BUCKET, model.trained) * model.size
-    live = min(LIVE, model.parameters) * model.size if model.zero == 3 else 0
-    return bucket + live
+    if on_host:
+        return BUCKET * model.size * (1 if model.zero == 3 else 2)
+    return min(BUCKET, model.trained) * model.size
+
+
+def passing(model: Model, on_host: bool = True) -> float:
+    """Bytes that come and go in a pass: the bucket of ZeRO-1 and 2, the weights that ZeRO-3 keeps gathered."""
+    return live(model) if model.zero == 3 else bucket(model, on_host)
+
+
+def live(model: Model) -> float:
+    """Bytes of the weights that are gathered at a time; 0 where they are whole."""
+    return min(LIVE, model.parameters) * model.size if model.zero == 3 else 0.0
 
 
 def saved_per_token(shape: Shape, row: int, size: int) -> float:
@@ -190,7 +203,7 @@ class Rollout:
     cpu: bool
 
 
-def generation(model: Model, run: Rollout, world: int) -> dict[str, float]:
+def generation(model: Model, run: Rollout) -> dict[str, float]:
     """Bytes that a rollout adds on one rank: cache, logits of a step, and what makes it fast on a CPU."""
     longest = run.prompt + run.answer
     columns = longest + max(SLACK, longest // 4)
@@ -204,6 +217,6 @@ def generation(model: Model, run: Rollout, world: int) -> dict[str, float]:
     if run.cpu and model.zero != 3:
         matrices = sum(x.inside * x.outside for x in shape.linears)
         found["packed weights"] = model.size * (shape.layers * matrices + shape.vocabulary * shape.width)
-    if model.zero == 3 and world > 1:
-        found["gathered"] = min(LIVE, model.parameters) * model.size
+    if model.zero == 3:
+        found["gathered"] = live(model)
     return found

@@ -2,13 +2,25 @@
 
 Operations are one rank's. What travels among ranks: ZeRO up to 2 sums gradients and gathers weights once an optimizer step, ZeRO-3
 gathers the weights in every pass, forward and backward, and in a rollout at every token (Rajbhandari et al. 2020, section 7).
+What offload takes, an optimizer step on the host and the way there, is not in any time here.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_core.planner.hardware import Hardware
-from rlhf_core.planner.memory import Batch, Model, Rollout, activations, generation, gradients, head, passing, scoring
+from rlhf_core.planner.memory import (
+    Batch,
+    Model,
+    Rollout,
+    activations,
+    generation,
+    gradients,
+    head,
+    live,
+    passing,
+    scoring,
+)
 from rlhf_core.planner.work import Decode, compute_seconds, decode_seconds, forward, trained
 from rlhf_core.resources import Resources
 from rlhf_core.specs import PPOSpec
@@ -99,7 +111,7 @@ def rolled_out(
     """Generation of `rows` answers of one rank, `answers` to each prompt."""
     prompt, answer = limits
     together = min(rows, resources.rollout_micro_batch)
-    memory = generation(actor, Rollout(together, prompt, answer, hardware.cpu), hardware.world)
+    memory = generation(actor, Rollout(together, prompt, answer, hardware.cpu))
     others = (hardware.world - 1) / hardware.world
     gathered = actor.size * actor.parameters * others if actor.zero == 3 else 0.0
     kv = 4 if hardware.cpu else actor.size
@@ -118,7 +130,8 @@ def scored(passes: Sequence[tuple[Model, Batch, int]], hardware: Hardware) -> Ph
         work = count * batch.rows * forward(model.shape, batch.tokens, batch.headed)
         operations += work
         seconds += compute_seconds(work, hardware, model.precision, count * _gathers(model, hardware))
-    return Phase("scoring", {"activations": max(scoring(m, b) for m, b, _ in passes)}, operations, seconds)
+    model, batch, _ = max(passes, key=lambda one: scoring(one[0], one[1]) + live(one[0]))
+    return Phase("scoring", {"activations": scoring(model, batch), "gathered": live(model)}, operations, seconds)
 
 
 def training(updates: Sequence[tuple[Model, Batch, int]], steps: int, hardware: Hardware) -> Phase:
@@ -136,16 +149,18 @@ def training(updates: Sequence[tuple[Model, Batch, int]], steps: int, hardware: 
         seconds += steps * compute_seconds(work, hardware, model.precision, sent)
     unique = {m.role: m for m, _, _ in updates}
     summed = sum(gradients(m, world, on_host) for m in unique.values())
-    model, batch, _ = max(
-        updates, key=lambda u: activations(u[0], u[1]) + head(u[0], u[1], True) + passing(u[0], world)
-    )
+    model, batch, _ = max(updates, key=lambda one: _widest(one[0], one[1], on_host))
     memory = {
         "gradients": summed,
         "activations": activations(model, batch),
         "logits": head(model, batch, True),
-        "in passing": passing(model, world),
+        "in passing": passing(model, on_host),
     }
     return Phase("training", memory, operations, seconds)
+
+
+def _widest(model: Model, batch: Batch, on_host: bool) -> float:
+    return activations(model, batch) + head(model, batch, True) + passing(model, on_host)
 
 
 def _gathers(model: Model, hardware: Hardware) -> float:

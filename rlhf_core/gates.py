@@ -31,7 +31,7 @@ LIVE: Mapping[str, str] = {
     "ppo": "score score_* kl_sequence kl_token kl_coef kl_loss kl_stopped approx_kl entropy entropy_update eos_rate return_mean "
     "response_length response_length_std rollout_tokens prompt_tokens actor_loss critic_loss ptx_loss explained_variance "
     "clip_fraction ratio_first ratio_mean ratio_deviation lr_actor lr_critic actor_grad_norm critic_grad_norm updates "
-    "seconds_rollout seconds_update",
+    "seconds_rollout seconds_update answers_cut",
 }
 _TRAINED = "steps parameters parameters_trained tokens tokens_per_second loss_last checkpoint* seconds"
 # The numbers of each stage's manifest.

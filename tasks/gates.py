@@ -129,7 +129,7 @@ def _roll_back(store: Store, lease: Lease, fired: Fired) -> str:
         return f"Stopped, and not rolled back: {error}. What was saved from step {first} on is still there."
     return (
         f"Rolled back to {newest}: {len(bad)} later checkpoints are removed. The same configuration goes on from there, and "
-        "comes to the same place unless the gate is changed; other settings give another artifact."
+        "comes to the same place unless the gate is changed; `rlhf branch` goes on from there with other settings."
     )
 
 

@@ -12,9 +12,11 @@ from prefect import flow
 from flows.parameters import ConfigForm, chosen, run_name
 from flows.selection import plan_to_run
 from rlhf_core.artifacts import ArtifactRef
+from rlhf_core.config import PipelineConfig
 from rlhf_core.plan import StagePlan
 from rlhf_core.specs import StageName
 from rlhf_core.store import Store
+from tasks.gates import with_changes
 from tasks.report import PipelineReport
 from tasks.stage import run_planned
 
@@ -37,7 +39,10 @@ def rlhf(
     Returns:
         The artifact of each stage.
     """
-    config = chosen(config, config_file, overrides)
+    return with_changes(chosen(config, config_file, overrides), partial(_run, force))
+
+
+def _run(force: tuple[StageName, ...], config: PipelineConfig) -> dict[StageName, ArtifactRef]:
     plan: dict[StageName, StagePlan] = {
         planned.stage: planned for planned in plan_to_run(config, Store(config.store), force)
     }

@@ -11,9 +11,11 @@ from prefect import Flow, flow
 from flows.parameters import ConfigForm, chosen, run_name
 from flows.selection import plan_to_run
 from rlhf_core.artifacts import ArtifactRef
+from rlhf_core.config import PipelineConfig
 from rlhf_core.plan import StagePlan
 from rlhf_core.specs import StageName
 from rlhf_core.store import Store
+from tasks.gates import with_changes
 from tasks.report import PipelineReport
 from tasks.stage import run_planned
 
@@ -36,15 +38,18 @@ def single(stage: StageName) -> Flow[..., dict[StageName, ArtifactRef]]:
             config_file: in place of config: path or store URL of its YAML.
             overrides: of the file's fields, e.g. ppo.kl_coef=0.2.
         """
-        config = chosen(config, config_file, overrides)
-        forced = (stage,) if force else ()
-        [planned] = plan_to_run(config, Store(config.store), forced, only=stage)
-        plan: dict[StageName, StagePlan] = {stage: planned}
-        with PipelineReport(config, plan) as report:
-            ref = report.watch(partial(run_planned, config, plan, forced))(stage, **planned.inputs)
-        return {stage: ref}
+        return with_changes(chosen(config, config_file, overrides), partial(_run_stage, stage, force))
 
     return run
+
+
+def _run_stage(stage: StageName, force: bool, config: PipelineConfig) -> dict[StageName, ArtifactRef]:
+    forced = (stage,) if force else ()
+    [planned] = plan_to_run(config, Store(config.store), forced, only=stage)
+    plan: dict[StageName, StagePlan] = {stage: planned}
+    with PipelineReport(config, plan) as report:
+        ref = report.watch(partial(run_planned, config, plan, forced))(stage, **planned.inputs)
+    return {stage: ref}
 
 
 data = single("data")

@@ -36,12 +36,13 @@ class Fired(Frozen):
     value: float | None = None
     step: int | None = Field(default=None, description="during: of the last value")
     first: int | None = Field(default=None, description="during: of the first of the values in a row that breached it")
-    answer: Literal["go on", "stop"] | None = Field(default=None, description="of the person who was asked")
+    answer: Literal["go on", "stop", "change"] | None = Field(default=None, description="of the person who was asked")
+    change: tuple[str, ...] = Field(default=(), description="answer change: overrides of the configuration")
 
     @property
     def line(self) -> str:
         """What has fired as one line of a report."""
-        answer = f"; answered: {self.answer}" if self.answer else ""
+        answer = f"; answered: {' '.join((self.answer, *self.change))}" if self.answer else ""
         return f"{self.sentence} ({self.gate.action.replace('_', ' ')}{answer})"
 
     @property
@@ -77,6 +78,18 @@ class GateFired(JobFailed):
     def asks(self) -> bool:
         """Whether a person is to say what follows."""
         return self.fired.gate.action == "wait"
+
+
+class ChangeAsked(GateFired):
+    """The answer to a gate's question is to go on with another configuration.
+
+    Attributes:
+        overrides: of it, as after `--set`.
+    """
+
+    def __init__(self, fired: Fired, overrides: tuple[str, ...]) -> None:
+        super().__init__(fired, f"The pipeline goes on with {' '.join(overrides)}.")
+        self.overrides = overrides
 
 
 class LiveGates:

@@ -7,9 +7,11 @@ the stage again after "go on", and looks at the finished stage's numbers before 
 after gate.wait_hours, or where no server could bring an answer, a question is a stop.
 """
 
+import itertools
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from prefect import get_run_logger
 from prefect.exceptions import FlowPauseTimeout
@@ -24,10 +26,11 @@ from rlhf_core import checkpoints
 from rlhf_core.artifacts import ArtifactRef, Manifest, read_manifest, retired_before
 from rlhf_core.checkpoints import read_marker
 from rlhf_core.comparison import aligned_of
-from rlhf_core.config import PipelineConfig
-from rlhf_core.errors import IntegrityError, StoreError
+from rlhf_core.config import PipelineConfig, changed
+from rlhf_core.errors import ConfigError, IntegrityError, StoreError
 from rlhf_core.fired import (
     HARDEST,
+    ChangeAsked,
     Fired,
     GateFired,
     LiveGates,
@@ -49,12 +52,20 @@ POLL_SECONDS = 5  # between two looks whether somebody has answered
 GOES_ON = "the same configuration goes on from there; with a changed or removed gate it gets further"
 
 
+T = TypeVar("T")
+
+
 class Decision(RunInput):
     """The form by which a person answers."""
 
-    decision: Literal["go on", "stop"] = Field(
+    decision: Literal["go on", "stop", "change"] = Field(
         default="stop",
-        description="go on: this gate is let be for this artifact; stop: the run fails, what is saved stays",
+        description="go on: this gate is let be for this artifact; stop: the run fails, what is saved stays; "
+        "change: the pipeline goes on with another configuration",
+    )
+    change: str = Field(
+        default="",
+        description="what changes, as after --set: ppo.kl_coef=0.1 ppo.steps=40. Stages that it does not touch are reused",
     )
 
 
@@ -71,7 +82,8 @@ class Watch:
     ) -> None:
         """`log`: of the run; `progress` is told of all events, and of what fires."""
         own = [gate for gate in config.gates if gate.stage == planned.stage and gate.during]
-        self._live = LiveGates(gate for gate in own if gate.digest not in _waived(store, planned.ref, own))
+        waived, _ = _answers(config, store, planned.ref, own)
+        self._live = LiveGates(gate for gate in own if gate.digest not in waived)
         self._planned, self._log, self._progress = planned, log, progress
         self._kept = 0  # how many of those that have fired are recorded
 
@@ -142,34 +154,51 @@ def pass_gates(config: PipelineConfig, planned: StagePlan, run: Callable[[], Art
         run: its task.
 
     Raises:
-        GateFired: the pipeline is not to go on.
+        GateFired: the pipeline is not to go on; ChangeAsked: not with this configuration.
     """
     own = [gate for gate in config.gates if gate.stage == planned.stage]
     if not own:
         return run()
     store = Store(config.store)
-    ref = _run_until_done(store, planned, run)
-    _pass_end(store, planned, own)
+    _, asked = _answers(config, store, planned.ref, own)
+    if asked:  # of a run that has ended since
+        raise asked
+    ref = _run_until_done(config, store, planned, run)
+    _pass_end(config, store, planned, own)
     return ref
 
 
-def _run_until_done(store: Store, planned: StagePlan, run: Callable[[], ArtifactRef]) -> ArtifactRef:
+def with_changes(config: PipelineConfig, run: Callable[[PipelineConfig], T]) -> T:
+    """What `run` returns for a configuration, with what a person changes in it at gates."""
+    while True:
+        try:
+            return run(config)
+        except ChangeAsked as asked:
+            said = f"{asked.fired.gate.stage}: a person has answered: change {' '.join(asked.overrides)}"
+            get_run_logger().info(said)
+            say(said)
+            config = changed(config, asked.overrides)
+
+
+def _run_until_done(
+    config: PipelineConfig, store: Store, planned: StagePlan, run: Callable[[], ArtifactRef]
+) -> ArtifactRef:
     while True:
         try:
             return run()
         except GateFired as error:
             if not error.asks:
                 raise
-            _ask(store, planned, error)
+            _ask(config, store, planned, error)
 
 
-def _pass_end(store: Store, planned: StagePlan, gates: Sequence[Gate]) -> None:
+def _pass_end(config: PipelineConfig, store: Store, planned: StagePlan, gates: Sequence[Gate]) -> None:
     """Look at a finished stage's numbers. GateFired: the next stage is not to begin."""
     manifest = read_manifest(store, planned.ref)
     if manifest is None:
         return
-    log, waived = get_run_logger(), _waived(store, planned.ref, gates)
-    hard = _overtaken(store, manifest, gates)
+    log, (waived, _) = get_run_logger(), _answers(config, store, planned.ref, gates)
+    hard = [fired for fired in _overtaken(store, manifest, gates) if fired.gate.digest not in waived]
     for gate in (gate for gate in gates if not gate.during):
         fired, trouble = judge(store, manifest, gate)
         if trouble:
@@ -188,7 +217,7 @@ def _pass_end(store: Store, planned: StagePlan, gates: Sequence[Gate]) -> None:
         )
         if not error.asks:
             raise error
-        _ask(store, planned, error)
+        _ask(config, store, planned, error)
 
 
 def _overtaken(store: Store, manifest: Manifest, gates: Sequence[Gate]) -> list[Fired]:
@@ -208,8 +237,8 @@ def judge(store: Store, manifest: Manifest, gate: Gate) -> tuple[Fired | None, s
     return fired_at_end(gate, manifest.metrics), None
 
 
-def _ask(store: Store, planned: StagePlan, error: GateFired) -> None:
-    """Wait for a person. GateFired: the answer is to stop, or there is none."""
+def _ask(config: PipelineConfig, store: Store, planned: StagePlan, error: GateFired) -> None:
+    """Wait for a person. GateFired: the answer is to stop, or there is none; ChangeAsked: to change the configuration."""
     fired, hours = error.fired, error.fired.gate.wait_hours
     if get_current_settings().api.url is None:
         raise GateFired(
@@ -220,23 +249,44 @@ def _ask(store: Store, planned: StagePlan, error: GateFired) -> None:
         )
     place = url_for("flow-run", obj_id=flow_run.id) or "Prefect's UI"
     get_run_logger().warning("%s; waiting up to %g h for a person: %s, button Resume", fired.sentence, hours, place)
-    text = f"**{fired.sentence}**\n\n{error.more}"
     try:
-        answer = pause_flow_run(
-            wait_for_input=Decision.with_initial_data(description=text),
-            timeout=max(1, round(hours * 3600)),
-            poll_interval=POLL_SECONDS,
-            key=f"{fired.gate.digest}-{flow_run.run_count}",  # a key counts once in a run's life
-        )
+        answer = _answer(config, error)
         decision, told = answer.decision, "A person has answered: stop."
     except FlowPauseTimeout:
-        decision, told = None, f"Nobody has answered for {hours:g} h, so it has stopped."
-    write_fired(store, planned.ref, error.attempt, fired.model_copy(update={"answer": decision}))
+        answer, decision, told = None, None, f"Nobody has answered for {hours:g} h, so it has stopped."
+    overrides = tuple(shlex.split(answer.change)) if answer and decision == "change" else ()
+    answered = fired.model_copy(update={"answer": decision, "change": overrides})
+    write_fired(store, planned.ref, error.attempt, answered)
+    if decision == "change":
+        raise ChangeAsked(answered, overrides)
     if decision != "go on":
         raise GateFired(fired, f"{error.more}\n{told}", error.attempt)
     said = f"{planned.stage}: a person has answered: go on"
     get_run_logger().info(said)
     say(said)
+
+
+def _answer(config: PipelineConfig, error: GateFired) -> Decision:
+    """What the form came back with, once it can be done. FlowPauseTimeout: nobody has sent one in time."""
+    text = f"**{error.fired.sentence}**\n\n{error.more}"
+    for number in itertools.count():
+        answer = pause_flow_run(
+            wait_for_input=Decision.with_initial_data(description=text),
+            timeout=max(1, round(error.fired.gate.wait_hours * 3600)),
+            poll_interval=POLL_SECONDS,
+            key=f"{error.fired.gate.digest}-{flow_run.run_count}-{number}",  # a key counts once in a run's life
+        )
+        if answer.decision != "change":
+            return answer
+        try:
+            if changed(config, shlex.split(answer.change)).model_dump() != config.model_dump():
+                return answer
+            wrong = "it changes nothing; write for example ppo.kl_coef=0.1"
+        except (ConfigError, ValueError) as error_in_form:
+            wrong = str(error_in_form)
+        text = f"**{error.fired.sentence}**\n\n{error.more}\n\nNot taken: change {answer.change!r}: {wrong}"
+        get_run_logger().warning("not taken: change %r: %s", answer.change, wrong)
+    raise AssertionError("unreachable")
 
 
 def announce(fired: Fired, planned: StagePlan, log: Logger) -> None:
@@ -245,9 +295,18 @@ def announce(fired: Fired, planned: StagePlan, log: Logger) -> None:
     emit_gate(planned, log, fired.payload)
 
 
-def _waived(store: Store, ref: ArtifactRef, gates: Sequence[Gate]) -> set[str]:
-    """Digests of gates that a person has let be for this artifact."""
-    if not (asking := {gate.digest for gate in gates if gate.action == "wait"}):
-        return asking
-    known = read_fired(store, ref, retired_before(store, ref))
-    return asking & {fired.gate.digest for fired in known if fired.answer == "go on"}
+def _answers(
+    config: PipelineConfig, store: Store, ref: ArtifactRef, gates: Sequence[Gate]
+) -> tuple[set[str], ChangeAsked | None]:
+    """What persons have said of an artifact's gates: digests of those to let be, and a change that is still to be made."""
+    asking = {gate.digest for gate in gates if gate.action == "wait"}
+    known = read_fired(store, ref, retired_before(store, ref)) if asking else []
+    waived: set[str] = set()
+    asked: ChangeAsked | None = None
+    for fired in {one.gate.digest: one for one in known if one.gate.digest in asking}.values():
+        made = fired.answer == "change" and changed(config, fired.change).model_dump() == config.model_dump()
+        if made or fired.answer == "go on":
+            waived.add(fired.gate.digest)
+        elif fired.answer == "change":
+            asked = ChangeAsked(fired, fired.change)
+    return waived, asked

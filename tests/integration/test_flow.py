@@ -20,12 +20,12 @@ from rlhf_core import launch, lease
 from rlhf_core.artifacts import MANIFEST, FileEntry, Manifest, list_manifests, publish, read_manifest
 from rlhf_core.branch import branch_of
 from rlhf_core.checkpoints import marker_keys
-from rlhf_core.config import PipelineConfig, parse_config
+from rlhf_core.config import PipelineConfig, changed, parse_config
 from rlhf_core.errors import ConfigError, IntegrityError, JobFailed
 from rlhf_core.fired import GateFired, fired_at_end
 from rlhf_core.gates import Gate
 from rlhf_core.job import JobSpec
-from rlhf_core.plan import make_plan
+from rlhf_core.plan import make_plan, stage_refs
 from rlhf_core.sealed import seal, unseal
 from rlhf_core.specs import PPOSpec
 from rlhf_core.store import Store
@@ -770,8 +770,8 @@ def states_of_tasks(config: PipelineConfig, stage: str) -> list[str]:
         return sorted(str(t.state_name) for t in client.read_task_runs(flow_run_filter=ours) if t.name == stage)
 
 
-def answer_when_asked(config: PipelineConfig, decision: str, told: list[dict]) -> threading.Thread:
-    """A person at the UI: waits until the run is paused, reads its form, and sends it as the UI does."""
+def answer_when_asked(config: PipelineConfig, told: list[dict], *answers: dict) -> threading.Thread:
+    """A person at the UI: waits until the run is paused, reads its form, and sends it as the UI does; again for each answer."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 
@@ -788,17 +788,15 @@ def answer_when_asked(config: PipelineConfig, decision: str, told: list[dict]) -
         return None
 
     def answer() -> None:
-        until = time.monotonic() + 120
-        while time.monotonic() < until:
+        left, until = list(answers), time.monotonic() + 120
+        while left and time.monotonic() < until:
             with suppress(Exception), get_client(sync_client=True) as client:  # a busy server: once more
                 if seen := look(client):
                     run, form, about = seen
                     told.append({"form": form, "about": about})
-                    sent = client._client.post(
-                        f"/flow_runs/{run.id}/resume", json={"run_input": {"decision": decision}}
-                    )
+                    sent = client._client.post(f"/flow_runs/{run.id}/resume", json={"run_input": left[0]})
                     if sent.json()["status"] == "ACCEPT":
-                        return
+                        left.pop(0)
             time.sleep(0.3)
 
     thread = threading.Thread(target=answer, daemon=True)
@@ -894,14 +892,35 @@ def test_a_gate_that_waits_goes_on_from_the_checkpoint_when_a_person_says_so(
     config = gated(
         config, {"stage": "sft", "metric": "loss", "above": 5, "during": True, "action": "wait", "wait_hours": 0.05}
     )
-    person = answer_when_asked(config, "go on", told := [])
+    person = answer_when_asked(config, told := [], {"decision": "go on"})
     manifest = run_sft(config)
     person.join()
     assert manifest.provenance["job"]["resumed"] == [{"attempt": 1, "from": "step 2"}]
-    assert told[0]["form"]["properties"]["decision"]["enum"] == ["go on", "stop"]
+    assert told[0]["form"]["properties"]["decision"]["enum"] == ["go on", "stop", "change"]
     assert "sft: loss 9 is above 5 at step 2" in told[0]["about"] and "saved at step 2" in told[0]["about"]
     assert "sft: loss 9 is above 5 at step 2 (wait; answered: go on)" in artifact_of(config, "rlhf-report")
     assert eventually(lambda: states_of_tasks(config, "sft") == ["Completed", "Held"])
+
+
+def test_a_person_may_change_the_configuration_and_what_that_does_not_touch_is_reused(
+    server, config, store, orders, monkeypatch
+):
+    from flows.rlhf import rlhf
+    from tasks import gates
+
+    monkeypatch.setattr(gates, "POLL_SECONDS", 0.3)
+    (orders / "reward").write_text("log loss 2 9 hold\n\n")
+    gate = {"stage": "reward", "metric": "loss", "above": 5, "during": True, "action": "wait", "wait_hours": 0.05}
+    config = gated(config, gate)
+    change = {"decision": "change", "change": "reward.seed=5 ppo.kl_coef=0.3"}
+    person = answer_when_asked(config, told := [], {"decision": "change", "change": "reward.sed=5"}, change)
+    refs = rlhf(config)
+    person.join()
+    assert "Not taken" in told[-1]["about"] and "reward.sed" in told[-1]["about"]
+    assert refs == stage_refs(changed(config, ("reward.seed=5", "ppo.kl_coef=0.3")))
+    assert [attempts(store, stage) for stage in STAGES] == [1, 1, 2, 1, 1]
+    assert eventually(lambda: states_of_tasks(config, "reward") == ["Completed", "Held"])
+    assert rlhf(config) == refs, "the next run is not asked again"
 
 
 def test_a_gate_between_stages_keeps_what_is_finished_and_the_next_stage_from_beginning(server, config, store):
@@ -933,7 +952,7 @@ def test_between_stages_a_person_may_stop_and_so_does_nobodys_answer(
     hours = 0.05 if decision else 1 / 3600
     gate = {"stage": "data", "metric": "seconds", "above": -1, "action": "wait", "wait_hours": hours}
     config = gated(config, gate)
-    person = answer_when_asked(config, decision, []) if decision else None
+    person = answer_when_asked(config, [], {"decision": decision}) if decision else None
     with pytest.raises(GateFired, match=told):
         data(config)
     if person:
@@ -952,7 +971,7 @@ def test_where_no_server_could_bring_an_answer_a_question_is_a_stop_at_once(conf
     assert fired is not None
     with temporary_settings(restore_defaults={PREFECT_API_URL}):
         with pytest.raises(GateFired, match="without a Prefect server nobody could answer, so it has stopped"):
-            gates._ask(store, make_plan(config, store)[1], GateFired(fired, "It is finished."))
+            gates._ask(config, store, make_plan(config, store)[1], GateFired(fired, "It is finished."))
 
 
 # --- sweeps ----------------------------------------------------------------------------------------------------------

@@ -51,8 +51,17 @@ def resume(
     first: Annotated[
         str | None, typer.Option("--from", metavar="STAGE", help="build this stage and all after it anew, as a new run")
     ] = None,
+    answer: Annotated[
+        str | None,
+        typer.Option(
+            "--answer", metavar="TEXT", help="to a gate's question: 'go on', stop, or overrides to go on with"
+        ),
+    ] = None,
 ) -> None:
-    """Have a run go on: finished stages are reused, the one that was cut off goes on from its last checkpoint."""
+    """Have a run go on: finished stages are reused, the one that was cut off goes on from its last checkpoint.
+
+    A run that a gate has paused needs [bold]--answer[/]: go on, stop, or a change as after --set, e.g. ppo.kl_coef=0.1.
+    """
     from flows.session import configured_server
 
     if configured_server() is None:
@@ -68,10 +77,10 @@ def resume(
         shown = found.state.name if found.state else "in no state"
         out.print(f"run     {escape(found.name)}  {found.id}  {shown}, {found.run_count} starts", highlight=False)
         if state == "PAUSED" and not first:
-            _show(client, found, None)
-            client.resume_flow_run(found.id)
-            out.print("going on: a worker takes it up within seconds")
+            _go_on(client, found, answer)
             return
+        if answer is not None:
+            raise ConfigError(f"--answer {answer!r}: {found.name} ({found.id}) is {shown} and asks nothing")
         if state not in ENDED:
             raise ConfigError(f"{found.name} ({found.id}) is {shown}: it has not ended; cancel it first, or wait")
         asked = _show(client, found, first)
@@ -81,6 +90,30 @@ def resume(
             _run_anew(client, found, asked)
         else:
             _schedule_again(client, found.id)
+
+
+def _go_on(client: "SyncPrefectClient", run: "FlowRun", answer: str | None) -> None:
+    """What the UI's *Resume* does, with the answer to a gate's question if it asks one."""
+    assert run.state
+    keys = run.state.state_details.run_input_keyset
+    given: dict[str, Any] | None = None
+    if keys:
+        question = str(client.read_flow_run_input(run.id, keys["description"])) if "description" in keys else ""
+        if answer is None:
+            raise ConfigError(
+                f"{run.name} ({run.id}) waits for an answer:\n{question}\n"
+                "give one: --answer 'go on', --answer stop, or what is to change: --answer 'ppo.kl_coef=0.1'"
+            )
+        known = answer in ("go on", "stop")
+        given = {"decision": answer} if known else {"decision": "change", "change": answer}
+    elif answer is not None:
+        raise ConfigError(f"--answer {answer!r}: {run.name} ({run.id}) was suspended by a person and asks nothing")
+    else:
+        _show(client, run, None)
+    result = client.resume_flow_run(run.id, given)
+    if result.status.value != "ACCEPT":
+        raise RlhfError(f"the Prefect server did not take it: {result.status.value} {result.details}")
+    out.print("answered: it goes on" if keys else "going on: a worker takes it up within seconds")
 
 
 def find_run(client: "SyncPrefectClient", text: str) -> "FlowRun":

@@ -923,6 +923,33 @@ def test_a_person_may_change_the_configuration_and_what_that_does_not_touch_is_r
     assert rlhf(config) == refs, "the next run is not asked again"
 
 
+def test_a_gate_is_answered_from_the_command_line(server, config, store, orders, monkeypatch, capfd):
+    from flows.single import data
+    from tasks import gates
+
+    monkeypatch.setattr(gates, "POLL_SECONDS", 0.3)
+    gate = {"stage": "data", "metric": "seconds", "above": -1, "action": "wait", "wait_hours": 0.05}
+    config = gated(config, gate)
+    said: list[tuple[int, str, str]] = []
+
+    def answer() -> None:
+        def asked() -> bool:
+            said.append(command_line(capfd, "resume", config.name))
+            return "waits for an answer" in said[-1][2]
+
+        eventually(asked, seconds=90)
+        said.append(command_line(capfd, "resume", config.name, "--answer", "go on"))
+
+    monkeypatch.setenv("PREFECT_API_URL", server)
+    person = threading.Thread(target=answer, daemon=True)
+    person.start()
+    data(config)
+    person.join()
+    assert said[-2][0] == 2 and "data: seconds" in said[-2][2] and "--answer" in said[-2][2]
+    assert said[-1][0] == 0 and "answered: it goes on" in said[-1][1]
+    assert attempts(store, "data") == 1
+
+
 def test_a_gate_between_stages_keeps_what_is_finished_and_the_next_stage_from_beginning(server, config, store):
     from flows.rlhf import rlhf
 

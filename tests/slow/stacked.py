@@ -70,9 +70,10 @@ class Stacked:
         }
         return self.call("POST", f"/deployments/{self.deployment(deployment)}/create_flow_run", body)["id"]
 
-    def set_state(self, run: str, type: str, name: str) -> None:
+    def set_state(self, run: str, type: str, name: str, **details: Any) -> None:
         """What the UI's buttons do."""
-        answer = self.call("POST", f"/flow_runs/{run}/set_state", {"state": {"type": type, "name": name}})
+        state = {"type": type, "name": name, "state_details": details}
+        answer = self.call("POST", f"/flow_runs/{run}/set_state", {"state": state})
         assert answer["status"] == "ACCEPT", answer
 
     def state(self, run: str) -> str:
@@ -110,6 +111,12 @@ class Stacked:
         """The step of the newest checkpoint of a stage that is not finished; 0 if it has none."""
         found = newest(self.store, stage_refs(self.config(*overrides))[stage])
         return found.position.step if found else 0
+
+    def place(self, stage: str, *overrides: str) -> str:
+        """The position of the newest checkpoint of a stage that is not finished, as it is told to people."""
+        found = newest(self.store, stage_refs(self.config(*overrides))[stage])
+        assert found, f"{stage} has no checkpoint"
+        return str(found.position)
 
     def resumed(self, stage: str, *overrides: str) -> list[str]:
         """Where the attempts at a finished stage were taken up."""

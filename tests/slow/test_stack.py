@@ -6,6 +6,7 @@ One stack for all tests, in order; each disturbed run has a PPO stage of its own
 import signal
 import time
 import urllib.error
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from stacked import CONFIG, Stacked, free_port, kill, wait
@@ -259,20 +260,21 @@ def test_cancel_ends_every_rank_saves_and_resume_goes_on(stacked, table):
     assert gone < GONE_SECONDS
     stacked.wait_for_state(run, "Cancelled")
     cancelled = time.monotonic() - began
-    step = stacked.step("ppo", *sets)
+    place = stacked.place("ppo", *sets)
     pressed = time.monotonic()
     said = stacked.rlhf("resume", run)
-    assert "resume" in said and f"from step {step}" in said and "scheduled again" in said
+    assert "resume" in said and f"from {place}" in said and "scheduled again" in said
     again = goes_on(stacked, run, pressed)
     stacked.wait_for_state(run, "Completed")
-    assert stacked.resumed("ppo", *sets) == [f"step {step}"]
+    assert stacked.resumed("ppo", *sets) == [place]
     what = f"*Cancel*, no rank left after {gone:.1f} s; `rlhf resume`"
-    table.add(what, "Cancelled, by the worker", seconds(cancelled), seconds(again), f"step {step}")
+    table.add(what, "Cancelled, by the worker", seconds(cancelled), seconds(again), place)
 
 
 def test_suspend_stops_after_the_stage_and_resume_goes_on_with_the_next(stacked, table):
     run, sets = start_ppo(stacked, 7)
-    stacked.set_state(run, "PAUSED", "Suspended")
+    later = datetime.now(UTC) + timedelta(hours=1)
+    stacked.set_state(run, "PAUSED", "Suspended", pause_timeout=later.isoformat(), pause_reschedule=True)
     took = wait(lambda: not stacked.stack.runs(), lambda: "the run lives")
     assert stacked.manifest("ppo", *sets) and not stacked.manifest("evaluate", *sets)
     assert stacked.state(run) == "Suspended"

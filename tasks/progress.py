@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID
 
-from prefect.artifacts import Artifact, create_progress_artifact, update_progress_artifact
+from prefect.artifacts import MarkdownArtifact, create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
@@ -165,7 +165,7 @@ def put_markdown(known: UUID | None, key: str, text: str, description: str) -> U
         with get_client(sync_client=True) as client:
             client.update_artifact(known, ArtifactUpdate(data=text, description=description))
         return known
-    made = Artifact(type="markdown", key=key, description=description, data=text).create(_sync=True)  # pyright: ignore
+    made = MarkdownArtifact(key=key, description=description, markdown=text).create(_sync=True)  # pyright: ignore
     return made.id  # pyright: ignore
 
 

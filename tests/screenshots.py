@@ -159,7 +159,7 @@ def take(stacked: Stacked, browser: Browser, config: Path, out: Path) -> None:
         "live-report", f"/artifacts/artifact/{artifact(stacked, run, 'rlhf-report')}", "lineage", "running", height=760
     )
     stage = artifact(stacked, run, "rlhf-ppo-report")
-    shoot("stage-report", f"/artifacts/artifact/{stage}", "curves", "checkpoints", "answers", height=2600)
+    shoot("stage-report", f"/artifacts/artifact/{stage}", "curves", "checkpoints", "answers", height=1500)
     kill(*stacked.stack.runs())
     soon(lambda: stacked.state(run) == "Completed")
     report = artifact(stacked, run, "rlhf-report")

@@ -280,6 +280,7 @@ def test_each_stage_that_ran_has_one_progress_and_one_report_and_a_stage_that_re
     assert progress.data == 100
     assert "process-hours" in str(progress.description)
     assert f"{store.url}/{ref.id}/attempts/0002/log.txt" in text and "**resumed**" in text
+    assert text.startswith("# sft\n\n") and pipeline.startswith(f"# {config.name}\n\n"), "markdown, not JSON of it"
     assert "| sft | resumed from step 10 |" in pipeline
     assert list(sorted(told)) == ["rlhf.stage.completed", "rlhf.stage.resumed", "rlhf.stage.started"]
     assert told["rlhf.stage.completed"]["artifact"] == ref.id

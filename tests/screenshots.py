@@ -28,7 +28,7 @@ from websockets.asyncio.client import ClientConnection, connect
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "slow")]
 
-from stacked import CONFIG, Stacked, free_port, kill, wait  # noqa: E402
+from stacked import Stacked, free_port, kill, wait  # noqa: E402
 
 WIDTH = 1360
 SECONDS = 60  # for a page to show what it is about
@@ -165,9 +165,10 @@ def take(stacked: Stacked, browser: Browser, config: Path, out: Path) -> None:
     report = artifact(stacked, run, "rlhf-report")
     shoot("resumed-report", f"/artifacts/artifact/{report}", "lineage", "resumed from", height=1000)
     shoot("resumed-run", f"/runs/flow-run/{run}", "completed", height=900)
-    said = stacked.rlhf("sweep", str(CONFIG), "--set", "ppo.steps=30", "--grid", "ppo.kl_coef=0.02,0.1,0.5")
+    grid = ("--set", "ppo.steps=20", "--grid", "ppo.kl_coef=0.02,0.2,1")
+    said = stacked.rlhf("sweep", str(config), *grid, seconds=1800)
     page = next(line.split()[-1] for line in said.splitlines() if line.startswith("report "))
-    browser.picture(f"file://{page}", out / "sweep.png", ("ppo.kl_coef=0.5", "KL and reward"), 1900)
+    browser.picture(f"file://{page}", out / "sweep.png", ("ppo.kl_coef=0.2", "KL and reward"), 1900)
 
 
 def has_curves(stacked: Stacked, run: str) -> bool:

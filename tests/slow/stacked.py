@@ -42,10 +42,10 @@ class Stacked:
         """PYTHONPATH by which a process finds this tree."""
         return os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 
-    def rlhf(self, *words: str, code: int = 0) -> str:
+    def rlhf(self, *words: str, code: int = 0, seconds: float = 400) -> str:
         """Run a command in the folder; what it said."""
         command = [sys.executable, "-m", "flows.cli", *words]
-        done = subprocess.run(command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=400)
+        done = subprocess.run(command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=seconds)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 

@@ -156,7 +156,7 @@ def take(stacked: Stacked, browser: Browser, config: Path, out: Path) -> None:
     soon(lambda: stacked.tasks(run).get("ppo") == "Running" and has_curves(stacked, run))
     shoot("live-run", f"/runs/flow-run/{run}", "ppo", "running", height=900)
     shoot(
-        "live-report", f"/artifacts/artifact/{artifact(stacked, run, 'rlhf-report')}", "lineage", "running", height=760
+        "live-report", f"/artifacts/artifact/{artifact(stacked, run, 'rlhf-report')}", "lineage", "running", height=664
     )
     stage = artifact(stacked, run, "rlhf-ppo-report")
     shoot("stage-report", f"/artifacts/artifact/{stage}", "curves", "checkpoints", "answers", height=1500)

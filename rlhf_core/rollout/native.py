@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from rlhf_core.rollout.answers import Answers, Rollout, join, left_pad, select
+from rlhf_core.rollout.answers import Answers, Rollout, left_pad
+from rlhf_core.rollout.plain import in_batches
 from rlhf_core.rollout.request import Request
 from rlhf_core.rollout.sampling import uniform
 
@@ -46,15 +47,8 @@ class _Draw(LogitsProcessor):
 
 def generate_native(model: Any, asked: Request) -> Rollout:
     """Batches of prompts of similar length, each until all its answers have ended."""
-    order = sorted(range(len(asked.prompts)), key=lambda i: len(asked.prompts[i]))
-    parts: list[Rollout] = []
     with _no_settings(model):
-        for start in range(0, len(order), asked.batch_size):
-            rows = order[start : start + asked.batch_size]
-            parts.append(_generate_batch(model, asked, rows))
-            if asked.on_batch:
-                asked.on_batch(start + len(rows))
-    return select(join(parts, asked.pad), torch.tensor(np.argsort(order)))
+        return in_batches(asked, lambda rows: _generate_batch(model, asked, rows))
 
 
 def _generate_batch(model: Any, asked: Request, rows: list[int]) -> Rollout:

@@ -3,6 +3,7 @@
 The reference that `slots` is compared with, and an engine to choose where that should not be right for a model.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,16 @@ from rlhf_core.rollout.step import last_logits
 
 def generate_plain(model: Any, asked: Request) -> Rollout:
     """Batches of prompts of similar length, each until all its answers have ended."""
+    return in_batches(asked, lambda rows: _generate_batch(model, asked, rows))
+
+
+def in_batches(asked: Request, batch: Callable[[list[int]], Rollout]) -> Rollout:
+    """What `batch` makes of rows of similar length, put together in the order of the prompts."""
     order = sorted(range(len(asked.prompts)), key=lambda i: len(asked.prompts[i]))
     parts: list[Rollout] = []
     for start in range(0, len(order), asked.batch_size):
         rows = order[start : start + asked.batch_size]
-        parts.append(_generate_batch(model, asked, rows))
+        parts.append(batch(rows))
         if asked.on_batch:
             asked.on_batch(start + len(rows))
     return select(join(parts, asked.pad), torch.tensor(np.argsort(order)))

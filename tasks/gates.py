@@ -268,7 +268,7 @@ def _ask(config: PipelineConfig, store: Store, planned: StagePlan, error: GateFi
 
 def _answer(config: PipelineConfig, error: GateFired) -> Decision:
     """What the form came back with, once it can be done. FlowPauseTimeout: nobody has sent one in time."""
-    text = f"**{error.fired.sentence}**\n\n{error.more}"
+    text = question = f"**{error.fired.sentence}**\n\n{error.more}"
     for number in itertools.count():
         answer = pause_flow_run(
             wait_for_input=Decision.with_initial_data(description=text),
@@ -284,7 +284,7 @@ def _answer(config: PipelineConfig, error: GateFired) -> Decision:
             wrong = "it changes nothing; write for example ppo.kl_coef=0.1"
         except (ConfigError, ValueError) as error_in_form:
             wrong = str(error_in_form)
-        text = f"**{error.fired.sentence}**\n\n{error.more}\n\nNot taken: change {answer.change!r}: {wrong}"
+        text = f"{question}\n\nNot taken: change {answer.change!r}: {wrong}"
         get_run_logger().warning("not taken: change %r: %s", answer.change, wrong)
     raise AssertionError("unreachable")
 

@@ -27,6 +27,7 @@ from rlhf_core.store import Store
 RANKS = "RLHF_RANKS"
 TRACE_CHARACTERS = 20_000
 ERROR_CHARACTERS = 2_000
+ROOM, ROOM_BYTES = ".room", 1 << 16  # a file kept for last words, which a full disk would refuse
 FATAL_BYTES = 1 << 16  # of a log's end, where a rank that crashed has left its stacks
 FATAL = re.compile(r"^Fatal Python error: (.*)$", re.MULTILINE)
 FATAL_SIGNALS = {"Segmentation fault": 11, "Aborted": 6, "Bus error": 7, "Illegal instruction": 4}
@@ -73,6 +74,8 @@ def redirect() -> None:
     except OSError as error:
         print(f"rank {rank} writes where its launcher does: {error}", file=sys.stderr, flush=True)
         return
+    with suppress(OSError):
+        Path(folder, record_name(int(rank))).with_suffix(ROOM).write_bytes(b" " * ROOM_BYTES)
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
         stream.flush()
         os.dup2(log, number)
@@ -115,7 +118,14 @@ def last_words(
             memory=memory,
         )
         part = file.with_suffix(f".{threading.get_ident()}")
-        part.write_text(end.model_dump_json())
+        words = end.model_dump_json().encode()
+        try:
+            part.write_bytes(words)
+        except OSError:  # the disk is full: into the room that was kept for this
+            file.with_suffix(ROOM).replace(part)
+            with part.open("r+b") as kept:
+                kept.write(words)
+                kept.truncate()
         part.replace(file)
 
 

@@ -19,20 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from opt_125m import Shape, config
 from torch import Tensor, nn
-from transformers import AutoModel, OPTConfig
+from transformers import AutoModel
 
 ROWS, TOKENS = 16, 256
 
 
 def trunk(layers: int) -> Any:
     """OPT-125m's shape with weights from a seed."""
-    config = OPTConfig(
-        vocab_size=50_264, hidden_size=768, ffn_dim=3072, num_hidden_layers=layers, num_attention_heads=12,
-        max_position_embeddings=1024, word_embed_proj_dim=768,
-    )  # fmt: skip
     torch.manual_seed(0)
-    return AutoModel.from_config(config).eval()
+    return AutoModel.from_config(config(Shape(layers))).eval()
 
 
 def in_turn(systems: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

@@ -1,293 +1,194 @@
-"""A PPO iteration beside TRL's PPOTrainer on the same weights: wall and CPU seconds by phase, peak memory.
+"""A PPO iteration beside TRL's PPOTrainer on the same weights and the same answers: seconds by phase, share of the roofline, peak.
 
-    python tests/benchmarks/bench_ppo.py [--case fixed varied] [--precision bfloat16 float32] [--repeats 3] [--out FILE]
+    python tests/benchmarks/bench_ppo.py [--case fixed varied] [--precision bf16 fp32] [--repeats 3] [--out FILE]
 
 Actor, reference, critic and reward model of OPT-125m's shape (random weights, 50,264 tokens), 16 sequences, one PPO epoch in one
-minibatch, no gradient checkpointing, one process. `fixed`: 128 + 128 tokens. `varied`: prompts of 32 to 256 tokens
-(log-uniform) and weights that make EOS so likely that answers end at random, after about 55 of 128 tokens. Each system runs in a
-process of its own, in turn with the others, two iterations a turn of which the second counts; figures are medians over the
-turns. CPU seconds are those of all threads, the steadier measure on a machine that others use too. What each system says of its
-first rollout is printed, so that the work is seen to be alike.
+minibatch, no gradient checkpointing. `fixed`: 128 + 128 tokens. `varied`: prompts as long as hh-rlhf's, and weights that make EOS
+so likely that answers end at random, after 53 of at most 128 tokens on average, as people's do. Each system runs in a process of
+its own (`--processes 2`: two ranks of one thread), in turn with the others and with a measurement of the machine, two iterations a
+turn of which the second counts; figures are medians over the turns. Below each comparison stands what both say of the first step.
 """
 
 import argparse
 import json
-import math
-import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT)]
-VOCABULARY, PAD, EOS, ROWS, NEW = 50_264, 1, 2, 16, 128
+from machine import measured  # noqa: E402
+from opt_125m import NEW, OPT_125M, ROWS, Shape, prompts, save_models, tokenizer  # noqa: E402
+from roofline import Limits, generation, scoring, training  # noqa: E402
+from turns import Clock, job_of_child, medians, say, turn  # noqa: E402
+
 SYSTEMS = ("ours", "trl")
 PHASES = ("generate", "score", "train")
-EOS_NATS = math.log(VOCABULARY / 55) - 0.9  # its logit varies, which makes it likelier than its mean says
+ITERATIONS = 2
+MICRO_TOKENS = 2048
 
 
-def tokenizer() -> Any:
-    """One word a token."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<unk>": 0, "<pad>": PAD, "<eos>": EOS} | {f"w{i}": i for i in range(3, VOCABULARY)}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
-
-
-def save_models(folder: Path, case: str, layers: int) -> None:
-    """Actor and reward model in fp32."""
-    import torch
-    from transformers import AutoModelForCausalLM, OPTConfig
-
-    from rlhf_core.export import save_causal_lm, save_value_model
-    from rlhf_core.models import ValueModel
-
-    config = OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=768, ffn_dim=3072, num_hidden_layers=layers, num_attention_heads=12,
-        max_position_embeddings=1024, word_embed_proj_dim=768, dropout=0.0, attention_dropout=0.0,
-        pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():  # what comes before the head has a part along one direction, and EOS its row there
-        along = torch.full((768,), 768**-0.5)
-        model.model.decoder.final_layer_norm.bias += 5 * along
-        nats = EOS_NATS if case == "varied" else -60.0
-        model.lm_head.weight[EOS] = nats / 5 * along
-        model.lm_head.weight[PAD] = -12 * along
-    save_causal_lm(model, tokenizer(), folder / "actor")
-    save_value_model(ValueModel.from_causal_lm(model, 0), tokenizer(), folder / "reward")
-
-
-def prompts(case: str, iterations: int) -> list[list[int]]:
-    """Prompts of all iterations."""
-    import numpy as np
-
-    random = np.random.default_rng(0)
-    count = ROWS * iterations
-    lengths = np.full(count, 128) if case == "fixed" else np.exp(random.uniform(np.log(32), np.log(256.9), count))
-    return [random.integers(3, VOCABULARY, int(n)).tolist() for n in lengths]
-
-
-class Clock:
-    """Wall and CPU seconds of phases."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, list[float]]] = []
-        self._row: dict[str, list[float]] = {}
-        self._last = self._now()
-
-    def _now(self) -> tuple[float, float]:
-        return time.perf_counter(), time.process_time()
-
-    def start(self) -> None:
-        self._last = self._now()
-
-    def phase(self, name: str) -> None:
-        """What has passed since the last call belongs to this phase."""
-        now = self._now()
-        row = self._row.setdefault(name, [0.0, 0.0])
-        self._row[name] = [row[i] + now[i] - self._last[i] for i in (0, 1)]
-        self._last = now
-
-    def end(self) -> None:
-        self.rows.append(self._row)
-        self._row = {}
-
-
-def run_ours(folder: Path, case: str, precision: str, iterations: int) -> dict[str, Any]:
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    from rlhf_core.models import load_tokenizer
+def run_ours(job: dict[str, Any]) -> dict[str, Any]:
+    """Iterations of our trainer on this rank; leaves the answers of all ranks for the peer."""
     from rlhf_core.ppo_args import PPOArgs
     from rlhf_core.ppo_trainer import DeepSpeedPPOTrainer
     from rlhf_core.resources import Resources
     from rlhf_core.rlhf_engine import DeepSpeedRLHFEngine
-    from rlhf_core.specs import PPOSpec
+    from rlhf_core.specs import OptimSpec, PPOSpec
 
+    folder, rows, micro = Path(job["folder"]), job["rows"], job["micro"]
     spec = PPOSpec(
-        rollout_batch_size=ROWS, ppo_epochs=1, minibatches=1, max_response_tokens=NEW, kl_coef=0.05,
-        precision="bf16" if precision == "bfloat16" else "fp32",
+        rollout_batch_size=rows, ppo_epochs=1, minibatches=1, max_response_tokens=NEW, kl_coef=0.05, missing_eos_penalty=None,
+        precision=job["precision"], actor_optim=OptimSpec(lr=1e-6), critic_optim=OptimSpec(lr=1e-6),
     )  # fmt: skip
-    resources = Resources(micro_batch=ROWS, micro_tokens=1024)
-    words = load_tokenizer(str(folder / "actor"))
+    resources = Resources(micro_batch=micro or rows, micro_tokens=None if micro else MICRO_TOKENS)
     engine = DeepSpeedRLHFEngine(
-        str(folder / "actor"), str(folder / "reward"), words, iterations, PPOArgs(spec, resources)
+        str(folder / "actor"),
+        str(folder / "reward"),
+        tokenizer(Shape(**job["shape"])),
+        ITERATIONS,
+        PPOArgs(spec, resources),
     )
-    trainer, clock, asked = DeepSpeedPPOTrainer(engine), Clock(), prompts(case, iterations)
-    facts = []
-    for i in range(iterations):
+    trainer, clock, facts, answers = DeepSpeedPPOTrainer(engine), Clock(), [], []
+    asked = prompts(job["case"] == "varied", ITERATIONS, rows, job["prompt"])
+    rank, own = trainer.ranks.rank, rows // trainer.ranks.world
+    for i in range(ITERATIONS):
         clock.start()
-        answers = trainer.sample({"prompt": asked[i * ROWS : (i + 1) * ROWS]})
+        rollout = trainer.sample({"prompt": asked[i * rows + rank * own :][:own]})
         clock.phase("generate")
-        experience = trainer.score(answers)
+        experience = trainer.score(rollout)
         trainer.measure(experience)
         clock.phase("score")
         trainer.train_rlhf(experience)
         clock.phase("train")
         clock.end()
-        facts.append({"useful": int(experience.response_mask.sum()), "score": trainer.metrics["score"],
-                      "entropy": trainer.metrics["entropy"]})  # fmt: skip
-    return {"iterations": clock.rows, "facts": facts}
+        mask = experience.response_mask.bool()
+        answers.append([ids[m].tolist() for ids, m in zip(experience.response_ids, mask, strict=True)])
+        said = trainer.metrics
+        facts.append({
+            "tokens": int(mask.sum()), "score": said["score"], "nats": float(-experience.logprobs[mask].sum() / own),
+            "actor_loss": said["actor_loss"], "critic_loss": said["critic_loss"],
+        })  # fmt: skip
+    return {"iterations": clock.rows, "facts": facts, "answers": answers}
 
 
-def run_trl(folder: Path, case: str, precision: str, iterations: int) -> dict[str, Any]:
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-    from trl.experimental.ppo import PPOConfig, ppo_trainer
+def run_trl(job: dict[str, Any]) -> dict[str, Any]:
+    """Iterations of TRL's trainer on this rank."""
+    from trl_peer import ppo
 
-    words = tokenizer()
-    words.padding_side = "left"
-    dtype, out = getattr(torch, precision), folder / "trl"
-    args = PPOConfig(
-        output_dir=str(out), per_device_train_batch_size=4, gradient_accumulation_steps=4, num_mini_batches=1,
-        num_ppo_epochs=1, total_episodes=ROWS * iterations, response_length=NEW, stop_token="eos", learning_rate=1e-6,
-        kl_coef=0.05, temperature=1.0, num_sample_generations=0, local_rollout_forward_batch_size=ROWS, report_to=[],
-        bf16=False, use_cpu=True, save_strategy="no", disable_tqdm=True, seed=1, gradient_checkpointing=False,
-    )  # fmt: skip
-    actor, reference = (AutoModelForCausalLM.from_pretrained(folder / "actor", dtype=dtype) for _ in range(2))
-    value, reward = (
-        AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=dtype) for _ in range(2)
+    return ppo({**job, "iterations": ITERATIONS}, json.loads((Path(job["folder"]) / "answers.json").read_text()))
+
+
+def one_turn(system: str, job: dict[str, Any], processes: int, threads: int) -> list[dict[str, Any]]:
+    """All ranks of one system; ours goes first, as the peer takes its answers."""
+    ranks = turn(__file__, {**job, "system": system, "processes": processes}, processes, threads)
+    if system == "ours":
+        answers = [[row for rank in ranks for row in rank["answers"][i]] for i in range(ITERATIONS)]
+        (Path(job["folder"]) / "answers.json").write_text(json.dumps(answers))
+        for rank in ranks:
+            rank["lengths"] = [list(map(len, made)) for made in rank.pop("answers")]
+    return ranks
+
+
+def job_of(folder: Path, case: str, precision: str, shape: Shape = OPT_125M, **other: Any) -> dict[str, Any]:
+    """What every turn of a comparison is told; `micro`: rows of a micro-batch, None: as each system has them."""
+    basis = {"rows": ROWS, "prompt": 128, "micro": None, **other}
+    return {"folder": str(folder), "case": case, "precision": precision, "shape": asdict(shape), **basis}
+
+
+def compared(
+    job: dict[str, Any], systems: Sequence[str] = SYSTEMS, repeats: int = 3, processes: int = 1, threads: int = 2
+) -> dict[str, Any]:
+    """One case at one precision: medians and roofline of all systems, all turns beside them."""
+    turns: dict[str, list[Any]] = {name: [] for name in systems}
+    machine = []
+    for _ in range(repeats):
+        machine.append(measured(processes * threads))
+        for name, made in turns.items():
+            made.append(one_turn(name, job, processes, threads))
+    limits = {key: statistics.median(each[key] for each in machine) for key in machine[0]}
+    asked = prompts(job["case"] == "varied", ITERATIONS, job["rows"], job["prompt"])[-job["rows"] :]
+    made = [n for rank in turns["ours"][0] for n in rank["lengths"][-1]]
+    rows = [(len(p), a) for p, a in zip(asked, made, strict=True)]
+    least_seconds = least(rows, job["precision"], limits, Shape(**job["shape"]))
+    return {
+        **{key: value for key, value in job.items() if key != "folder"},
+        "processes": processes,
+        "threads": threads,
+        "tokens": sum(made),
+        "machine": limits,
+        "least": least_seconds,
+        "systems": {name: medians(each) for name, each in turns.items()},
+        "first": {name: _first(each[0]) for name, each in turns.items()},
+        "turns": turns,
+    }
+
+
+def least(rows: list[tuple[int, int]], precision: str, limits: dict[str, float], shape: Shape) -> dict[str, float]:
+    """Seconds that each phase takes at least on this machine."""
+    at = Limits(limits[precision], limits["bytes"])
+    seconds = {
+        "generate": generation(rows, precision, at, shape),
+        "score": scoring(rows, at, shape),
+        "train": training(rows, precision, at, shape),
+    }
+    return {**seconds, "whole": sum(seconds.values())}
+
+
+def _first(ranks: list[dict[str, Any]]) -> dict[str, float]:
+    """What all ranks say of the first step: tokens in all, means of the rest."""
+    facts = [rank["facts"][0] for rank in ranks]
+    mean = {name: statistics.mean(each[name] for each in facts) for name in facts[0]}
+    return {**mean, "tokens": sum(each["tokens"] for each in facts)}
+
+
+def show(found: dict[str, Any]) -> None:
+    """A line for each system and one for what they say."""
+    least, systems = found["least"], found["systems"]
+    print(
+        f"{found['case']} {found['precision']}: {found['tokens']} useful tokens; machine "
+        f"{found['machine'][found['precision']] / 1e9:.0f} GFLOP/s, {found['machine']['bytes'] / 1e9:.0f} GB/s read; "
+        f"least {', '.join(f'{k} {v:.1f}' for k, v in least.items())} s"
     )
-    data = Dataset.from_dict({"input_ids": prompts(case, iterations)})
-    clock, facts = Clock(), []
-    generate = ppo_trainer.batch_generation
-
-    def timed_generation(*arguments: Any, **options: Any) -> Any:
-        clock.start()
-        made = generate(*arguments, **options)
-        clock.phase("generate")
-        return made
-
-    ppo_trainer.batch_generation = timed_generation
-    trainer = ppo_trainer.PPOTrainer(
-        args=args, processing_class=words, model=actor, ref_model=reference, value_model=value, reward_model=reward,
-        train_dataset=data, eval_dataset=data,
-    )  # fmt: skip
-    step, log = trainer.callback_handler.on_step_end, trainer.log
-    forward = ppo_trainer.forward
-    state = {"training": False}
-
-    def first_forward(*arguments: Any, **options: Any) -> Any:
-        if torch.is_grad_enabled() and not state["training"]:
-            state["training"] = True
-            clock.phase("score")
-        return forward(*arguments, **options)
-
-    def noted(metrics: dict[str, float], *rest: Any) -> None:
-        facts.append({"score": metrics.get("objective/scores"), "entropy": metrics.get("policy/entropy_avg"),
-                      "eos": metrics.get("val/num_eos_tokens")})  # fmt: skip
-        log(metrics, *rest)
-
-    def ended(*arguments: Any, **options: Any) -> Any:
-        clock.phase("train")
-        clock.end()
-        state["training"] = False
-        return step(*arguments, **options)
-
-    ppo_trainer.forward, trainer.log, trainer.callback_handler.on_step_end = first_forward, noted, ended
-    trainer.train()
-    return {"iterations": clock.rows, "facts": facts}
-
-
-def free_port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def child(args: argparse.Namespace) -> None:
-    """One turn of one system, in a process of its own; one line of JSON."""
-    import torch
-
-    torch.set_num_threads(args.threads)
-    found = {"ours": run_ours, "trl": run_trl}[args.child](args.folder, args.case[0], args.precision[0], 2)
-    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print("RESULT " + json.dumps(found), flush=True)
-
-
-def turn(system: str, folder: Path, case: str, precision: str, threads: int) -> dict[str, Any]:
-    command = [
-        sys.executable, __file__, "--child", system, "--folder", str(folder), "--case", case, "--precision", precision,
-        "--threads", str(threads),
-    ]  # fmt: skip
-    environment = {
-        **os.environ, "DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0",
-        "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    rows = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not rows:
-        raise SystemExit(f"{system} {case} {precision} failed:\n{done.stderr[-3000:]}")
-    return json.loads(rows[-1].removeprefix("RESULT "))
-
-
-def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the turns of their second iterations."""
-    last = [t["iterations"][-1] for t in turns]
-    row: dict[str, Any] = {
-        name: {kind: statistics.median(one[name][i] for one in last) for i, kind in enumerate(("wall", "cpu"))}
-        for name in PHASES
-    }
-    row["whole"] = {
-        kind: statistics.median(sum(one[p][i] for p in PHASES) for one in last)
-        for i, kind in enumerate(("wall", "cpu"))
-    }
-    row["peak"] = statistics.median(t["peak"] for t in turns)
-    row["facts"] = turns[0]["facts"][0]
-    return row
-
-
-def show(case: str, precision: str, rows: dict[str, dict[str, Any]]) -> None:
-    for name, row in rows.items():
-        phases = "  ".join(f"{p} {row[p]['cpu']:6.1f}" for p in PHASES)
-        ratio = rows["trl"]["whole"]["cpu"] / row["whole"]["cpu"] if "trl" in rows else float("nan")
-        print(
-            f"{case:7} {precision:9} {name:5} CPU s: {phases}  whole {row['whole']['cpu']:6.1f}  "
-            f"wall {row['whole']['wall']:6.1f}  peak {row['peak'] / 1e9:5.1f} GB  x{ratio:.2f}  first: {row['facts']}",
-            flush=True,
+    for name, row in systems.items():
+        phases = "  ".join(
+            f"{p} {row[p]['wall']:5.1f} s ({100 * least[p] / row[p]['wall']:2.0f} %)" for p in (*PHASES, "whole")
         )
+        ratio = systems["trl"]["whole"]["wall"] / row["whole"]["wall"] if "trl" in systems else float("nan")
+        cpu = row["whole"]["cpu"]
+        print(f"  {name:5} {phases}  CPU {cpu:5.1f} s  peak {row['peak'] / 1e9:4.1f} GB  x{ratio:.2f}", flush=True)
+    for name, first in found["first"].items():
+        print(f"  {name:5} first step: " + ", ".join(f"{k} {v:.6g}" for k, v in first.items()), flush=True)
 
 
 def main() -> None:
+    if job := job_of_child():
+        return say({"ours": run_ours, "trl": run_trl}[job["system"]](job))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=("fixed", "varied"), default=["fixed", "varied"])
-    parser.add_argument("--precision", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
+    parser.add_argument("--precision", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2, help="of each process")
     parser.add_argument("--layers", type=int, default=12, help="fewer: quicker")
     parser.add_argument("--out", type=Path, help="JSON with all turns")
-    parser.add_argument("--child", choices=SYSTEMS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        return child(args)
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         for case in args.case:
-            save_models(folder := Path(temporary, case), case, args.layers)
+            shape = Shape(args.layers)
+            save_models(folder := Path(temporary, case), case == "varied", shape)
             for precision in args.precision:
-                turns: dict[str, list[dict[str, Any]]] = {name: [] for name in args.systems}
-                for _ in range(args.repeats):
-                    for name, made in turns.items():
-                        made.append(turn(name, folder, case, precision, args.threads))
-                rows = {name: summary(made) for name, made in turns.items()}
-                show(case, precision, rows)
-                found.append({"case": case, "precision": precision, "systems": rows, "turns": turns})
+                job = job_of(folder, case, precision, shape)
+                found.append(compared(job, args.systems, args.repeats, args.processes, args.threads))
+                show(found[-1])
     if args.out:
-        args.out.write_text(
-            json.dumps({"threads": args.threads, "layers": args.layers, "runs": found}, indent=1) + "\n"
-        )
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
     return None
 
 

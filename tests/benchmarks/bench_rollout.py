@@ -1,11 +1,12 @@
-"""Speed of rollouts: our engines beside transformers' `generate` as it is, on the same weights, prompts and sampling.
+"""Speed of rollouts: our engines beside transformers' `generate` and DeepSpeed's rollout, on the same weights, prompts, sampling.
 
     python tests/benchmarks/bench_rollout.py [--precision bfloat16] [--repeats 3] [--threads 2] [--layers 12] [--lora RANK]
 
-A model of OPT-125m's shape with random weights. `fixed`: 16 prompts of 128 tokens, 128 new ones each. `varied`: 32 prompts of 32 to
-256 tokens, and EOS so likely that answers have 55 of 128 tokens on average, which is what differs from row to row in practice.
-Engines take turns; medians of wall and CPU seconds, and useful tokens (through EOS) a CPU second; `--out` keeps all repeats. With
-`--lora` it is adapters on all linear layers that are compared: applied, and merged (anew in each rollout, which is counted).
+A model of OPT-125m's shape with random weights. `fixed`: 16 prompts of 128 tokens, 128 new ones each. `varied`: 32 prompts as
+long as hh-rlhf's, and EOS so likely that answers have 53 of 128 tokens on average, as people's do. `deepspeed` is its
+HybridEngineRollout as it samples (its continuous batching is greedy, and fails with transformers 5.23). Engines take turns;
+medians of wall and CPU seconds, and useful tokens (through EOS) a CPU second; `--out` keeps all repeats. With `--lora` it is
+adapters on all linear layers that are compared: applied, and merged (anew in each rollout, which is counted).
 """
 
 import argparse
@@ -15,39 +16,32 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, OPTConfig
+from opt_125m import EOS, MEAN_ANSWER, NEW, OPT_125M, PAD, Shape, config, prompts
+from transformers import AutoModelForCausalLM
 
 from rlhf_core.lora import add_lora, layers
 from rlhf_core.rollout import EngineName, Sampling, generate, left_pad
 from rlhf_core.rollout.twin import twin
 from rlhf_core.specs import LoRASpec
 
-VOCABULARY, EOS, PAD, NEW, MEAN = 50_264, 2, 1, 128, 55
 Prompts = Sequence[Sequence[int]]
 
 
-def opt_125m(layers: int, precision: str) -> Any:
+def model_of(layers: int, precision: str) -> Any:
     """The shape, with weights from a seed."""
-    config = OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=768, ffn_dim=3072, num_hidden_layers=layers, num_attention_heads=12,
-        max_position_embeddings=1024, word_embed_proj_dim=768,
-    )  # fmt: skip
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).to(getattr(torch, precision)).eval()
+    return AutoModelForCausalLM.from_config(config(Shape(layers))).to(getattr(torch, precision)).eval()
 
 
 def work(case: str) -> tuple[Prompts, float]:
     """Prompts, and what is added to the logit of EOS."""
-    random = np.random.default_rng(0)
-    if case == "fixed":
-        lengths, more = [128] * 16, -1e4
-    else:
-        lengths, more = random.integers(32, 257, 32).tolist(), math.log(VOCABULARY / MEAN)
-    return [random.integers(3, VOCABULARY, n).tolist() for n in lengths], more
+    varied = case == "varied"
+    more = math.log(OPT_125M.vocabulary / MEAN_ANSWER) if varied else -1e4
+    return prompts(varied, 2 if varied else 1), more
 
 
 def add_adapters(model: Any, rank: int) -> None:
@@ -86,6 +80,20 @@ def theirs(model: Any, prompts: Prompts) -> int:
     return count
 
 
+def deepspeeds(model: Any, prompts: Prompts) -> int:
+    """Useful tokens that DeepSpeed's rollout engine samples, in batches of as many rows."""
+    from deepspeed.runtime.rollout.base import RolloutRequest, SamplingConfig
+    from deepspeed.runtime.rollout.hybrid_engine_rollout import HybridEngineRollout
+
+    marks = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)
+    engine, count = HybridEngineRollout(SimpleNamespace(module=model), marks), 0
+    for start in range(0, len(prompts), 16):
+        request = RolloutRequest(*left_pad(prompts[start : start + 16], PAD, torch.device("cpu")))
+        made = engine.generate(request, SamplingConfig(NEW))
+        count += int(made.attention_mask[:, request.prompt_ids.shape[1] :].sum())
+    return count
+
+
 def systems_of(model: Any, prompts: Prompts, lora: bool) -> dict[str, Callable[[], int]]:
     """What is compared; the last is what ratios are to."""
     if lora:
@@ -97,6 +105,7 @@ def systems_of(model: Any, prompts: Prompts, lora: bool) -> dict[str, Callable[[
         "slots": lambda: ours(model, prompts, "slots"),
         "plain": lambda: ours(model, prompts, "plain"),
         "generate": lambda: ours(model, prompts, "generate"),
+        "deepspeed": lambda: deepspeeds(model, prompts),
         "transformers": lambda: theirs(model, prompts),
     }
 
@@ -133,13 +142,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     found = []
     for precision in args.precision:
-        model = opt_125m(args.layers, precision)
+        model = model_of(args.layers, precision)
         if args.lora:
             add_adapters(model, args.lora)
         for case in args.case:
-            prompts, more = work(case)
+            asked, more = work(case)
             hook = model.get_output_embeddings().register_forward_hook(lambda _m, _i, out, more=more: _add(out, more))
-            systems = systems_of(model, prompts, bool(args.lora))
+            systems = systems_of(model, asked, bool(args.lora))
             figures = measure(systems, args.repeats)
             hook.remove()
             found.append({"precision": precision, "case": case, "systems": figures})

@@ -222,7 +222,7 @@ os._exit(code)
 
 def ended(folder: Path, body: str, act=lambda process: None, **environment):
     """The code, the last words and the log of a rank with this body."""
-    (folder / "ranks").mkdir()
+    (folder / "ranks").mkdir(exist_ok=True)
     (folder / "scratch").mkdir()
     env = {
         **os.environ,
@@ -322,6 +322,20 @@ def test_a_rank_that_cannot_write_its_last_words_ends_with_its_own_error(tmp_pat
     body = f"os.rename('{tmp_path}/ranks', '{tmp_path}/gone'); raise KeyError('a key')"
     code, words, silent, log = ended(tmp_path, body, bring_back)
     assert (code, words, silent) == (1, None, (3,)) and "KeyError: 'a key'" in log
+
+
+def test_a_rank_whose_disk_is_full_says_so_in_the_room_that_it_has_kept(tmp_path):
+    (ranks := tmp_path / "ranks").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(ranks)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"needs a disk of its own: {mounted.stderr.decode().strip()}")
+    try:
+        fill = f"subprocess.run(['dd', 'if=/dev/zero', 'of={ranks}/ballast', 'bs=4k'], stderr=subprocess.DEVNULL)"
+        code, words, silent, _ = ended(tmp_path, f"import subprocess; {fill}; raise KeyError('a key')")
+    finally:
+        subprocess.run(["umount", "--lazy", str(ranks)], check=True)
+    assert words and (code, words.code, words.error, silent) == (1, 1, "KeyError: 'a key'", ())
+    assert words.trace.startswith("Traceback")
 
 
 def test_what_a_rank_has_said_first_stands(tmp_path):

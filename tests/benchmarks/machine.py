@@ -1,0 +1,62 @@
+"""What this machine can do at best: operations a second of large products, bytes a second read from memory.
+
+    python tests/benchmarks/machine.py [--threads 2]
+
+Benchmarks measure it in turn with the systems they compare, as on a shared machine it changes.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from typing import Any
+
+import torch
+from turns import job_of_child, say, turn
+
+SIZE, SECONDS = 2048, 1.0
+
+
+def limits(threads: int) -> dict[str, float]:
+    """`fp32` and `bf16`: operations a second of square products; `bytes`: read a second. By `threads` threads."""
+    torch.set_num_threads(threads)
+    return {"fp32": _products(torch.float32), "bf16": _products(torch.bfloat16), "bytes": _reading()}
+
+
+def _products(dtype: torch.dtype) -> float:
+    a, b = (torch.randn(SIZE, SIZE).to(dtype) for _ in range(2))
+    out = torch.empty(SIZE, SIZE, dtype=dtype)
+    return 2 * SIZE**3 / _seconds(lambda: torch.mm(a, b, out=out))
+
+
+def _reading() -> float:
+    numbers = torch.ones(1 << 28, dtype=torch.float32)
+    return 4 * len(numbers) / _seconds(lambda: numbers.sum())
+
+
+def _seconds(call: Any) -> float:
+    """Median seconds of a call, over about a second."""
+    call()
+    taken, began = [], time.perf_counter()
+    while time.perf_counter() - began < SECONDS or len(taken) < 5:
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def measured(threads: int) -> dict[str, float]:
+    """The same, in a process of its own."""
+    return turn(__file__, {}, 1, threads)[0]
+
+
+def main() -> None:
+    if job := job_of_child():
+        return say(limits(job["threads"]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    return print(json.dumps(measured(parser.parse_args().threads), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -149,11 +149,12 @@ def take(stacked: Stacked, browser: Browser, config: Path, out: Path) -> None:
         wait(what, lambda: f"{stacked.state(run)}: {stacked.message(run)}", 1800)
 
     pipeline = stacked.deployment("rlhf/pipeline")
-    body = {"parameters": {"config_file": str(config)}, "state": {"type": "SCHEDULED"}}
+    steps = "ppo.steps=400"  # enough for a report with curves before it ends, on a quick machine too
+    body = {"parameters": {"config_file": str(config), "overrides": [steps]}, "state": {"type": "SCHEDULED"}}
     run = stacked.call("POST", f"/deployments/{pipeline}/create_flow_run", body)["id"]
     shoot("deployments", "/deployments", "pipeline", "evaluate", height=720)
     shoot("form", f"/deployments/deployment/{pipeline}/run", "config", "force", height=1500)
-    soon(lambda: stacked.tasks(run).get("ppo") == "Running" and has_curves(stacked, run))
+    soon(lambda: has_curves(stacked, run))
     shoot("live-run", f"/runs/flow-run/{run}", "ppo", "running", height=900)
     shoot(
         "live-report", f"/artifacts/artifact/{artifact(stacked, run, 'rlhf-report')}", "lineage", "running", height=664
@@ -172,7 +173,9 @@ def take(stacked: Stacked, browser: Browser, config: Path, out: Path) -> None:
 
 
 def has_curves(stacked: Stacked, run: str) -> bool:
-    """Whether PPO's report has curves and a checkpoint by now."""
+    """Whether PPO's report has curves and a checkpoint by now; RuntimeError if it has ended before."""
+    if stacked.state(run) in ("Completed", "Failed"):
+        raise RuntimeError(f"{stacked.state(run)} before the report had curves: {stacked.message(run)}")
     texts = [found["data"] for found in stacked.artifacts(run) if found["key"] == "rlhf-ppo-report"]
     return any("## Curves" in text and "## Checkpoints" in text and "## Answers" in text for text in texts)
 

@@ -149,7 +149,7 @@ def take(stacked: Stacked, browser: Browser, config: Path, out: Path) -> None:
         wait(what, lambda: f"{stacked.state(run)}: {stacked.message(run)}", 1800)
 
     pipeline = stacked.deployment("rlhf/pipeline")
-    steps = "ppo.steps=400"  # enough for a report with curves before it ends, on a quick machine too
+    steps = "ppo.steps=240"  # enough for a report with curves before it ends, on a quick machine too
     body = {"parameters": {"config_file": str(config), "overrides": [steps]}, "state": {"type": "SCHEDULED"}}
     run = stacked.call("POST", f"/deployments/{pipeline}/create_flow_run", body)["id"]
     shoot("deployments", "/deployments", "pipeline", "evaluate", height=720)

@@ -40,7 +40,7 @@ def plain(tiny_root, tmp_path_factory):
     ("spec", "world", "resources"),
     [
         ("lora", 1, {"micro_batch": 3}),
-        ("lora", 2, {"zero_stage": 2, "micro_batch": 2}),
+        pytest.param("lora", 2, {"zero_stage": 2, "micro_batch": 2}, marks=pytest.mark.slow),
         ("lora", 2, {"zero_stage": 3, "micro_batch": 2}),
         ("lora", 2, {"models": {"actor": {"zero_stage": 3}, "critic": {"zero_stage": 1}}}),
         ("grpo", 2, {"micro_batch": 3}),

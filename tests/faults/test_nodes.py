@@ -121,6 +121,7 @@ def strike(run: NodeRun, names: Sequence[str], table: Table) -> None:
     assert not late, late
 
 
+@pytest.mark.faults
 def test_a_job_on_two_hosts_goes_on_with_the_same_bits_after_a_rank_and_a_link_were_lost(make, node_table):
     strike(make("sft"), ("kill -9 of rank 1", "link of node2 down"), node_table)
 

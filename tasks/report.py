@@ -188,7 +188,8 @@ def _node(planned: StagePlan, state: str, manifest: Manifest | None) -> Node:
     tone: Tone = "failed" if state.startswith("failed") else tones.get(state, "made")
     numbers = headline(planned.stage, manifest.metrics) if manifest else ""
     first = INTERVAL.sub("", numbers).split(", ")[0]
-    return Node(planned.stage, (state, planned.ref.fingerprint[:12], first), tuple(planned.inputs), tone)
+    short = state.replace("resumed from ", "from ")  # whole in a box: "from rollout 61, update 2"
+    return Node(planned.stage, (short, planned.ref.fingerprint[:12], first), tuple(planned.inputs), tone)
 
 
 def done(planned: StagePlan, manifest: Manifest) -> str:

@@ -13,9 +13,9 @@ from typing import Literal
 
 Tone = Literal["waiting", "running", "reused", "made", "failed"]
 
-WIDTH, HEIGHT, GAP, MARGIN = 190, 84, 40, 14  # of a box, between boxes, around all; in px
+WIDTH, HEIGHT, GAP, MARGIN = 204, 84, 40, 14  # of a box, between boxes, around all; in px
 ARC = 26  # depth that an arc gains with each box that it passes
-LETTERS = 27  # that fit a line of a box
+LETTERS = 30  # that fit a line of a box
 COLOURS: dict[Tone, tuple[str, str]] = {  # edge, fill
     "waiting": ("#8c959f", "#f6f8fa"),
     "running": ("#0969da", "#ddf4ff"),

@@ -17,6 +17,22 @@ WORDS = [f"w{i}" for i in range(30)]
 MODEL = ModelSpec(family="llama", hidden_size=128, layers=2, heads=4, positions=64)
 
 
+def pipeline(folder: Path) -> dict[str, Any]:
+    """The beginning of a configuration whose stages take seconds, with a store in `folder`."""
+    return {
+        "name": "tiny",
+        "store": f"file://{folder}/store",
+        "model": {"family": "llama", "hidden_size": 32, "layers": 1, "heads": 2, "positions": 64},
+        "data": {
+            "sources": [{"kind": "quickstart", "prompts": 400}],
+            "tokenizer": {"train_vocab_size": 300},
+            "max_prompt_tokens": 48,
+            "max_response_tokens": 16,
+            "truncate_responses": True,
+        },
+    }
+
+
 def tokenizer() -> Any:
     """Word-level tokenizer of 32 tokens: <pad>=0, <eos>=1, w0 … w29."""
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -53,7 +53,7 @@ def table(found: dict[str, Any]) -> str:
                 times = " | ".join(f"{row[p]['wall']:.1f} ({100 * least[p] / row[p]['wall']:.0f} %)" for p in PHASES)
                 work = f"PPO {run['case']}, {run['processes']} x {run['threads']}"
                 lines.append(f"| {work} | {run['precision']} | {name} | {times} | {_rest(run, row)} |")
-    for run in found.get("train", {}).get("runs", []):
+    for run in found.get("train", []):
         for name, row in run["systems"].items():
             share = f"{row['whole']['wall']:.1f} ({100 * run['least'] / row['whole']['wall']:.0f} %)"
             lines.append(

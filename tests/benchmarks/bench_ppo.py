@@ -9,7 +9,6 @@ its own (`--processes 2`: two ranks of one thread), in turn with the others and 
 turn of which the second counts; figures are medians over the turns. Below each comparison stands what both say of the first step.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -21,10 +20,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT)]
-from machine import measured  # noqa: E402
+from machine import rounds  # noqa: E402
 from opt_125m import NEW, OPT_125M, ROWS, Shape, prompts, save_models, tokenizer  # noqa: E402
 from roofline import Limits, generation, scoring, training  # noqa: E402
-from turns import Clock, job_of_child, medians, say, turn  # noqa: E402
+from turns import Clock, job_of_child, medians, options, say, turn  # noqa: E402
 
 SYSTEMS = ("ours", "trl")
 PHASES = ("generate", "score", "train")
@@ -104,13 +103,7 @@ def compared(
     job: dict[str, Any], systems: Sequence[str] = SYSTEMS, repeats: int = 3, processes: int = 1, threads: int = 2
 ) -> dict[str, Any]:
     """One case at one precision: medians and roofline of all systems, all turns beside them."""
-    turns: dict[str, list[Any]] = {name: [] for name in systems}
-    machine = []
-    for _ in range(repeats):
-        machine.append(measured(processes * threads))
-        for name, made in turns.items():
-            made.append(one_turn(name, job, processes, threads))
-    limits = {key: statistics.median(each[key] for each in machine) for key in machine[0]}
+    limits, turns = rounds(systems, repeats, processes * threads, lambda name: one_turn(name, job, processes, threads))
     asked = prompts(job["case"] == "varied", ITERATIONS, job["rows"], job["prompt"])[-job["rows"] :]
     made = [n for rank in turns["ours"][0] for n in rank["lengths"][-1]]
     rows = [(len(p), a) for p, a in zip(asked, made, strict=True)]
@@ -168,15 +161,8 @@ def show(found: dict[str, Any]) -> None:
 def main() -> None:
     if job := job_of_child():
         return say({"ours": run_ours, "trl": run_trl}[job["system"]](job))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs="+", choices=("fixed", "varied"), default=["fixed", "varied"])
-    parser.add_argument("--precision", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = options(__doc__, SYSTEMS)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2, help="of each process")
-    parser.add_argument("--layers", type=int, default=12, help="fewer: quicker")
-    parser.add_argument("--out", type=Path, help="JSON with all turns")
     args = parser.parse_args()
     found = []
     with tempfile.TemporaryDirectory() as temporary:

@@ -9,7 +9,6 @@ steps a turn of which the last counts; figures are medians over the turns. Losse
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -17,10 +16,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from machine import measured  # noqa: E402
+from machine import rounds  # noqa: E402
 from opt_125m import ROWS, Shape, pairs, save_models, tokenizer  # noqa: E402
 from roofline import Limits, fitting  # noqa: E402
-from turns import Clock, job_of_child, medians, say, turn  # noqa: E402
+from turns import Clock, job_of_child, medians, options, say, turn  # noqa: E402
 
 SYSTEMS = ("ours", "trl")
 STEPS = 3
@@ -83,19 +82,20 @@ def compared(args: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     """One stage, case and precision: medians and roofline of all systems, all turns beside them."""
     from rlhf_core.batches import step_rows
 
-    turns: dict[str, list[Any]] = {name: [] for name in args.systems}
-    machine = []
-    for _ in range(args.repeats):
-        machine.append(measured(args.threads))
-        for name, made in turns.items():
-            made.append(turn(__file__, {**job, "system": name, "processes": 1}, 1, args.threads))
-    limits = {key: statistics.median(each[key] for each in machine) for key in machine[0]}
+    limits, turns = rounds(
+        args.systems,
+        args.repeats,
+        args.threads,
+        lambda name: turn(__file__, {**job, "system": name, "processes": 1}, 1, args.threads),
+    )
     rows = pairs(job["case"] == "varied", ROWS * STEPS)
     last = [rows[i] for i in step_rows(len(rows), ROWS, STEPS - 1, 0)]
     sizes = [(len(p), len(a)) for p, *answers in last for a in answers[: 1 if job["stage"] == "sft" else 2]]
     at = Limits(limits[job["precision"]], limits["bytes"])
     return {
         **{k: job[k] for k in ("stage", "case", "precision")},
+        "threads": args.threads,
+        "layers": args.layers,
         "tokens": sum(p + a for p, a in sizes),
         "machine": limits,
         "least": fitting(sizes, job["precision"], at, job["stage"] == "sft", Shape(args.layers)),
@@ -123,16 +123,9 @@ def show(found: dict[str, Any]) -> None:
 def main() -> None:
     if job := job_of_child():
         return say({"ours": run_ours, "trl": run_trl}[job["system"]](job))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, SYSTEMS)
     parser.add_argument("--stage", nargs="+", choices=("sft", "reward"), default=["sft", "reward"])
-    parser.add_argument("--case", nargs="+", choices=("fixed", "varied"), default=["fixed", "varied"])
-    parser.add_argument("--precision", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=12, help="fewer: quicker")
     parser.add_argument("--micro-tokens", type=int, default=2048, help="of ours")
-    parser.add_argument("--out", type=Path, help="JSON with all turns")
     args = parser.parse_args()
     found = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -145,8 +138,7 @@ def main() -> None:
                     found.append(compared(args, {**job, "micro_tokens": args.micro_tokens}))
                     show(found[-1])
     if args.out:
-        settings = {"processes": 1, "threads": args.threads, "layers": args.layers}
-        args.out.write_text(json.dumps({**settings, "runs": found}, indent=1) + "\n")
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
     return None
 
 

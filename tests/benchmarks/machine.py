@@ -9,12 +9,14 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from turns import job_of_child, say, turn
 
 SIZE, SECONDS = 2048, 1.0
+Ranks = list[dict[str, Any]]  # what each rank of a turn said
 
 
 def limits(threads: int) -> dict[str, float]:
@@ -48,6 +50,18 @@ def _seconds(call: Any) -> float:
 def measured(threads: int) -> dict[str, float]:
     """The same, in a process of its own."""
     return turn(__file__, {}, 1, threads)[0]
+
+
+def rounds(
+    systems: Sequence[str], repeats: int, threads: int, one_turn: Callable[[str], Ranks]
+) -> tuple[dict[str, float], dict[str, list[Ranks]]]:
+    """`repeats` rounds of a measurement of the machine and a turn of each system: medians of the first, all turns."""
+    machine, turns = [], {name: [] for name in systems}
+    for _ in range(repeats):
+        machine.append(measured(threads))
+        for name, made in turns.items():
+            made.append(one_turn(name))
+    return {key: statistics.median(each[key] for each in machine) for key in machine[0]}, turns
 
 
 def main() -> None:

@@ -4,17 +4,20 @@ CPU seconds are those of all threads of all ranks, the steadier measure on a mac
 largest of the counted iteration alone, not of loading, where the kernel can tell (Linux).
 """
 
+import argparse
 import json
 import os
 import resource
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from rlhf_core.launch import free_port
 
 MARK = "RESULT "
 
@@ -61,13 +64,6 @@ def _peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def free_port() -> str:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def turn(script: str, job: dict[str, Any], processes: int = 1, threads: int = 1) -> list[dict[str, Any]]:
     """Run `script --child JOB` as so many ranks with so many threads each; what each rank said.
 
@@ -77,7 +73,7 @@ def turn(script: str, job: dict[str, Any], processes: int = 1, threads: int = 1)
     environment = {
         **os.environ, "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"), "OMP_WAIT_POLICY": "PASSIVE",
         "GOMP_SPINCOUNT": "0", "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         files = [(Path(folder, f"{i}.out"), Path(folder, f"{i}.err")) for i in range(processes)]
@@ -104,6 +100,19 @@ def job_of_child() -> dict[str, Any] | None:
 
     torch.set_num_threads(job["threads"])
     return job
+
+
+def options(about: str | None, systems: Sequence[str]) -> argparse.ArgumentParser:
+    """The options that comparisons with TRL have in common; `about`: the script's docstring."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", choices=("fixed", "varied"), default=["fixed", "varied"])
+    parser.add_argument("--precision", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
+    parser.add_argument("--systems", nargs="+", choices=systems, default=list(systems))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="of each process")
+    parser.add_argument("--layers", type=int, default=12, help="fewer: quicker")
+    parser.add_argument("--out", type=Path, help="JSON with all turns")
+    return parser
 
 
 def say(found: dict[str, Any]) -> None:

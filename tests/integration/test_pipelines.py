@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import tiny
 from huggingface_hub import ModelCard
 
 from rlhf_core.artifacts import Manifest
@@ -24,16 +25,7 @@ def folder(tmp_path_factory) -> Path:
 def pipeline(folder: Path, **changes) -> PipelineConfig:
     """A pipeline of seconds; all share a store, so data and SFT are built once."""
     content = {
-        "name": "tiny",
-        "store": f"file://{folder}/store",
-        "model": {"family": "llama", "hidden_size": 32, "layers": 1, "heads": 2, "positions": 64},
-        "data": {
-            "sources": [{"kind": "quickstart", "prompts": 400}],
-            "tokenizer": {"train_vocab_size": 300},
-            "max_prompt_tokens": 48,
-            "max_response_tokens": 16,
-            "truncate_responses": True,
-        },
+        **tiny.pipeline(folder),
         "sft": {"max_steps": 4},
         "dpo": {"max_steps": 4, "optim": {"lr": 1e-3}},
         "ppo": {"steps": 3, "rollout_batch_size": 8, "max_response_tokens": 8},

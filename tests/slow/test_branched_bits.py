@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 
 from rlhf_core.artifacts import Manifest
 from rlhf_core.branch import branch_of, plant
@@ -21,16 +22,7 @@ def config(tmp_path_factory) -> PipelineConfig:
     """A pipeline of seconds whose stages keep a checkpoint in their middle."""
     return parse_config(
         {
-            "name": "tiny",
-            "store": f"file://{tmp_path_factory.mktemp('branches')}/store",
-            "model": {"family": "llama", "hidden_size": 32, "layers": 1, "heads": 2, "positions": 64},
-            "data": {
-                "sources": [{"kind": "quickstart", "prompts": 400}],
-                "tokenizer": {"train_vocab_size": 300},
-                "max_prompt_tokens": 48,
-                "max_response_tokens": 16,
-                "truncate_responses": True,
-            },
+            **tiny.pipeline(tmp_path_factory.mktemp("branches")),
             "sft": {"max_steps": 6, "optim": {"lr": 1e-3}},
             "reward": {"max_steps": 4},
             "ppo": {"steps": 6, "rollout_batch_size": 8, "max_response_tokens": 8, "actor_optim": {"lr": 1e-3}},

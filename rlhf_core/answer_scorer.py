@@ -89,7 +89,7 @@ class AnswerScorer:
         widths = [lengths[i] for i in order]
         if tokens is not None:
             widths = [max(in_place) for in_place in zip(*gather(widths), strict=True)]
-        return cut(order, widths, self.resources.micro_batch, tokens)
+        return cut(order, widths, self.resources.micro_batch, tokens, self.engine.padded)
 
     def _score_part(self, rows: Experience) -> Experience:
         sequence = (rows.prompt_ids, rows.prompt_mask, rows.response_ids, rows.response_mask)

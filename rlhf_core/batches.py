@@ -97,27 +97,34 @@ def step_rows(rows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     return np.array([orders[int(e)][i] for e, i in zip(epochs, wanted % rows, strict=True)])
 
 
-def deal(lengths: Sequence[int], rank: int, world: int, micro_batch: int, tokens: int | None = None) -> list[list[int]]:
+def deal(
+    lengths: Sequence[int], rank: int, world: int, micro_batch: int, tokens: int | None = None, padded: bool = True
+) -> list[list[int]]:
     """This rank's micro-batches, as indices into `lengths`: longest first, dealt in turn; as many on every rank.
 
     Args:
         lengths: tokens of each row.
         rank, world: which of how many ranks.
         micro_batch: most rows of a micro-batch.
-        tokens: most tokens of one that has several rows, padding included.
+        tokens: most tokens of one that has several rows.
+        padded: whether padding is among them.
     """
     order = longest_first(lengths)
     widths = [lengths[i] for i in order[::world]]  # no rank's rows are longer
-    return cut(order[rank::world], widths, micro_batch, tokens)
+    return cut(order[rank::world], widths, micro_batch, tokens, padded)
 
 
-def cut(rows: Sequence[int], widths: Sequence[int], micro_batch: int, tokens: int | None) -> list[list[int]]:
+def cut(
+    rows: Sequence[int], widths: Sequence[int], micro_batch: int, tokens: int | None, padded: bool = True
+) -> list[list[int]]:
     """Micro-batches of `rows`, of which there may be one less than `widths`: no row is longer than the width in its place."""
     parts: list[list[int]] = []
     first = 0
     for end in range(1, len(widths) + 1):
         rest = end == len(widths)
-        wider = not rest and tokens is not None and widths[first] * (end + 1 - first) > tokens
+        wider = False
+        if not rest and tokens is not None:
+            wider = (widths[first] * (end + 1 - first) if padded else sum(widths[first : end + 1])) > tokens
         if rest or wider or end - first == micro_batch:
             parts.append(list(rows[first:end]))
             first = end

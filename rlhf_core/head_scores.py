@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BLOCK_BYTES = 64 << 20  # of fp32 logits at once
+BLOCK_BYTES, CPU_BLOCK_BYTES = 64 << 20, 256 << 20  # of logits at once, for the products
+CACHED_BYTES = 8 << 20  # of fp32 logits at once on CPUs, for all that is done to them: what stays in a core's caches
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,16 @@ class Wanted:
     keep: Tensor | None = None
     entropy: bool = False
 
-    def rows(self) -> Iterator[slice]:
-        """Blocks of the counted positions."""
-        step = max(1, BLOCK_BYTES // (4 * self.vocabulary))
-        return (slice(i, i + step) for i in range(0, len(self.targets), step))
+    def blocks(self, kind: torch.dtype) -> Iterator[slice]:
+        """Blocks of the counted positions, for logits of that type."""
+        size = CPU_BLOCK_BYTES if self.targets.device.type == "cpu" else BLOCK_BYTES
+        return _slices(0, len(self.targets), size // (kind.itemsize * self.vocabulary))
+
+    def parts(self, block: slice) -> Iterator[slice]:
+        """Parts of a block in which logits become fp32."""
+        end = min(block.stop, len(self.targets))
+        size = CACHED_BYTES if self.targets.device.type == "cpu" else BLOCK_BYTES
+        return _slices(block.start, end, size // (4 * self.vocabulary))
 
 
 def can_score(model: Any) -> bool:
@@ -93,15 +100,17 @@ class _HeadScores(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Any, wanted: Wanted) -> Tensor:
         scores = hidden.new_empty((len(hidden), 2), dtype=torch.float32)
         normalizers = hidden.new_empty(len(hidden), dtype=torch.float32)
-        for rows in wanted.rows():
-            logits = _logits(hidden[rows], weight, bias, wanted, rows)
-            normalizers[rows] = logits.logsumexp(-1)
-            scores[rows, 0] = logits.gather(-1, wanted.targets[rows].unsqueeze(-1)).squeeze(-1) - normalizers[rows]
-            if wanted.entropy:
-                below = logits.sub_(normalizers[rows].unsqueeze(-1))
-                scores[rows, 1] = -_product(below.exp(), below, wanted)
-            else:
-                scores[rows, 1] = 0.0
+        for block in wanted.blocks(hidden.dtype):
+            raw = _logits(hidden[block], weight, bias, wanted)
+            for rows in wanted.parts(block):
+                logits = _tempered(raw[_within(block, rows)], wanted, rows)
+                normalizers[rows] = logits.logsumexp(-1)
+                scores[rows, 0] = logits.gather(-1, wanted.targets[rows].unsqueeze(-1)).squeeze(-1) - normalizers[rows]
+                if wanted.entropy:
+                    below = logits.sub_(normalizers[rows].unsqueeze(-1))
+                    scores[rows, 1] = -_product(below.exp(), below, wanted)
+                else:
+                    scores[rows, 1] = 0.0
         ctx.save_for_backward(hidden, normalizers, scores)
         ctx.head, ctx.wanted = head, wanted  # of the head, not its weight: at ZeRO-3 that is another tensor by then
         return scores
@@ -113,28 +122,30 @@ class _HeadScores(torch.autograd.Function):
         wanted, weight, bias = ctx.wanted, ctx.head.weight, ctx.head.bias
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
         size = wanted.vocabulary
-        blocks = list(wanted.rows())
+        blocks = list(wanted.blocks(hidden.dtype))
         exact = torch.float32 if len(blocks) > 1 else weight.dtype  # sums of blocks are rounded once
         d_hidden = torch.zeros_like(hidden) if of_hidden else None
         d_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if of_weight else None
         d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=weight.device) if of_bias else None
         through_entropy = wanted.entropy and bool(gradient[:, 1].any())
-        for rows in blocks:
-            logits = _logits(hidden[rows], weight, bias, wanted, rows)
-            below = logits.sub_(normalizers[rows].unsqueeze(-1))
-            probability = below.exp()
-            change = probability * -gradient[rows, :1]
-            if through_entropy:  # z - sum p z = log p + H
-                spread = below.add_(scores[rows, 1:])
-                if wanted.keep is not None:
-                    spread = spread.masked_fill(~wanted.keep[rows], 0.0)
-                change -= gradient[rows, 1:] * probability * spread
-            change.scatter_add_(1, wanted.targets[rows].unsqueeze(-1), gradient[rows, :1])
-            change = (change / wanted.temperature).to(hidden.dtype)
+        for block in blocks:
+            change = _logits(hidden[block], weight, bias, wanted)  # for now the logits
+            for rows in wanted.parts(block):
+                part = change[_within(block, rows)]
+                below = _tempered(part, wanted, rows).sub_(normalizers[rows].unsqueeze(-1))
+                probability = below.exp()
+                changed = probability * -gradient[rows, :1]
+                if through_entropy:  # z - sum p z = log p + H
+                    spread = below.add_(scores[rows, 1:])
+                    if wanted.keep is not None:
+                        spread = spread.masked_fill(~wanted.keep[rows], 0.0)
+                    changed -= gradient[rows, 1:] * probability * spread
+                changed.scatter_add_(1, wanted.targets[rows].unsqueeze(-1), gradient[rows, :1])
+                part.copy_(changed.div_(wanted.temperature))
             if d_hidden is not None:
-                d_hidden[rows] = change @ weight[:size]
+                d_hidden[block] = change @ weight[:size]
             if d_weight is not None:
-                d_weight[:size] += change.t() @ hidden[rows]
+                d_weight[:size] += change.t() @ hidden[block]
             if d_bias is not None:
                 d_bias[:size] += change.sum(0, dtype=torch.float32)
         if d_weight is not None:
@@ -144,10 +155,24 @@ class _HeadScores(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted, rows: slice) -> Tensor:
-    """fp32 logits over the temperature of one block, `[rows, vocabulary]`; -inf where a token is not kept."""
+def _slices(start: int, end: int, step: int) -> Iterator[slice]:
+    step = max(1, step)
+    return (slice(i, min(i + step, end)) for i in range(start, end, step))
+
+
+def _within(block: slice, rows: slice) -> slice:
+    return slice(rows.start - block.start, rows.stop - block.start)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted) -> Tensor:
+    """What the head gives, `[rows, vocabulary]`."""
     size = wanted.vocabulary
-    logits = nn.functional.linear(hidden, weight[:size], None if bias is None else bias[:size]).float()
+    return nn.functional.linear(hidden, weight[:size], None if bias is None else bias[:size])
+
+
+def _tempered(logits: Tensor, wanted: Wanted, rows: slice) -> Tensor:
+    """fp32 logits over the temperature, to be overwritten at will; -inf where a token is not kept."""
+    logits = logits.float()
     if wanted.temperature != 1.0:
         logits = logits / wanted.temperature
     return logits if wanted.keep is None else logits.masked_fill(~wanted.keep[rows], -torch.inf)

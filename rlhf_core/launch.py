@@ -47,6 +47,14 @@ HEAD_SECONDS = 6.0  # what a head needs more than its nodes' ranks to end: beats
 POLL_SECONDS = 0.2
 ENDING_SECONDS = 35.0  # how long a new attempt waits for an earlier one's guard: the longest grace, and its SIGKILL
 LIMIT_EXCEEDED = 124  # as timeout(1)
+CPU_DEFAULTS = {
+    # A thread that is done waits some microseconds for the next of a step's many small parts; longer would cost busy machines.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "10000",
+    # Freed memory is kept, in huge pages: new memory costs a fault for every 4 KiB, which a large tensor can feel more than its
+    # arithmetic. What is not soon used again `partitioned.release_freed` gives back.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296",
+}
 PORTS = range(
     20_000, 32_000
 )  # below the ephemeral range, where an outgoing connection could take it before the ranks do
@@ -212,8 +220,7 @@ def environment(job: JobSpec) -> dict[str, str]:
     }
     if accelerator() == "cpu":
         env["DS_ACCELERATOR"] = "cpu"
-        env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        env.setdefault("GOMP_SPINCOUNT", "0")
+        env = CPU_DEFAULTS | env
         env.pop("CUDA_VISIBLE_DEVICES", None)
     return env
 

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf_core.errors import ConfigError
 from rlhf_core.partitioned import build, divide, is_partitioned, read, shape_of, weight_files
 from rlhf_core.pretrained import NO_CODE, load_causal_lm, model_config, set_dropout
+from rlhf_core.ragged import side_by_side, spread
 from rlhf_core.sources import require_positions
 from rlhf_core.specs import ModelSpec
 
@@ -153,8 +154,11 @@ class ValueModel(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Values `[batch, tokens]`, fp32; what stands at padding has no meaning."""
-        hidden = self.trunk(**forward_inputs(self.trunk, input_ids, attention_mask), use_cache=False).last_hidden_state
+        joined = side_by_side(self.trunk, input_ids, attention_mask)
+        inputs = joined or forward_inputs(self.trunk, input_ids, attention_mask)
+        hidden = self.trunk(**inputs, use_cache=False).last_hidden_state
         value = self.score(hidden.to(self.score.weight.dtype)).squeeze(-1).float()
+        value = spread(value[0], attention_mask.bool()) if joined else value
         return (value - self.shift) / self.scale
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:

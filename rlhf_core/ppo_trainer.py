@@ -294,7 +294,8 @@ class DeepSpeedPPOTrainer:
 
     def _deal(self, lengths: Sequence[int]) -> list[list[int]]:
         """This rank's micro-batches of rows of these lengths."""
-        return deal(lengths, self.ranks.rank, self.ranks.world, self.resources.micro_batch, self.resources.micro_tokens)
+        place, resources = (self.ranks.rank, self.ranks.world), self.resources
+        return deal(lengths, *place, resources.micro_batch, resources.micro_tokens, self.engine.padded)
 
     def _average(self) -> None:
         """Move the actor's average, or keep it at the actor until it starts."""

@@ -46,7 +46,7 @@ class Resources(Frozen):
     micro_batch: Positive = Field(default=16, description="sequences a forward pass of training or scoring, per rank")
     micro_tokens: Positive | None = Field(
         default=None,
-        description="tokens of such a pass, padding included: where rows are long fewer go together; null: no limit",
+        description="tokens of such a pass, with padding where there is any: of long rows fewer go together; null: no limit",
     )
     rollout_micro_batch: Positive = Field(default=64, description="sequences generated at once, per rank")
     rollout_engine: Literal["slots", "plain", "generate", "vllm"] = Field(

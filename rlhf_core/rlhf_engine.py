@@ -19,6 +19,7 @@ from rlhf_core.export import save_adapter, save_causal_lm, save_value_model
 from rlhf_core.lora import WithoutAdapters, add_lora, whole
 from rlhf_core.models import ValueModel, check_positions, load_causal_lm, load_tokenizer
 from rlhf_core.ppo_args import PPOArgs, ppo_args
+from rlhf_core.ragged import needs_padding
 from rlhf_core.retokenize import Retokenizer
 
 __all__ = ["DeepSpeedRLHFEngine", "PPOArgs", "ppo_args"]
@@ -151,6 +152,11 @@ class DeepSpeedRLHFEngine:
         """The engines that exist, each once, by name."""
         found = {"actor": self.actor, "ref": self.ref, "critic": self.critic, "reward": self.reward}
         return {name: e for name, e in found.items() if e is not None and not isinstance(e, WithoutAdapters)}
+
+    @property
+    def padded(self) -> bool:
+        """Whether any model's pass computes padding along with its rows."""
+        return needs_padding(*self.models.values())
 
     @property
     def value_config(self) -> Any:

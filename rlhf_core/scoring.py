@@ -16,6 +16,7 @@ from rlhf_core.batches import right_pad, right_padded
 from rlhf_core.head_scores import Wanted, can_score, scores_of, scoring_head
 from rlhf_core.models import forward_inputs
 from rlhf_core.partitioned import shape_of
+from rlhf_core.ragged import side_by_side, spread
 from rlhf_core.rollout import unpack_bits
 
 
@@ -40,7 +41,7 @@ def sequence_scores(
 
     Args:
         engine: a DeepSpeed engine or a transformers causal language model.
-        inputs: of its forward pass, with "input_ids" `[batch, tokens]`.
+        inputs: of its forward pass, with "input_ids" `[batch, tokens]`; padding is left out where the model can do that.
         counted: `[batch, tokens]` bool, the tokens asked for; never a first one, which nothing foretells.
         temperature: divides the logits.
         keep: `[counted, vocabulary]` bool, tokens of the distribution; default: all.
@@ -48,6 +49,9 @@ def sequence_scores(
         vocabulary: number of the tokenizer's tokens; default: all of the model's.
     """
     model: Any = unwrap(engine)
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and (joined := side_by_side(model, inputs["input_ids"], mask)):
+        inputs, counted = joined, counted[mask.bool()].unsqueeze(0)
     places = torch.zeros_like(counted)
     places[:, :-1] = counted[:, 1:]
     size = vocabulary or shape_of(model.get_output_embeddings().weight)[0]
@@ -112,7 +116,7 @@ def response_scores(
     logprobs, entropies = sequence_scores(
         engine, forward_inputs(model, ids, mask), answers, temperature, keep, entropy, size
     )
-    return TokenScores(_spread(logprobs, real), _spread(entropies, real))
+    return TokenScores(spread(logprobs, real), spread(entropies, real))
 
 
 def response_values(
@@ -120,7 +124,7 @@ def response_values(
 ) -> Tensor:
     """Values of the states in which each response token is chosen, `[batch, response]`; 0 where there is none."""
     ids, mask, answers = close_up(prompt_ids, prompt_mask, response_ids, response_mask)
-    return _spread(engine(ids, mask)[:, :-1][answers[:, 1:]], response_mask.bool())
+    return spread(engine(ids, mask)[:, :-1][answers[:, 1:]], response_mask.bool())
 
 
 def close_up(
@@ -139,11 +143,6 @@ def close_up(
     answers = torch.cat([torch.zeros_like(prompt_mask), response_mask], 1).bool()
     order = torch.argsort(mask, dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
     return ids.gather(1, order), mask.gather(1, order), answers.gather(1, order)
-
-
-def _spread(values: Tensor, real: Tensor) -> Tensor:
-    """`[counted]` values to their places in `[batch, response]`; 0 elsewhere."""
-    return values.new_zeros(real.shape).masked_scatter(real, values)
 
 
 def aligned_values(engine: Any, input_ids: Tensor, mask: Tensor, index: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class SFTTrainer(Trainer[SFTSpec]):
         place = (self.ranks.rank, self.ranks.world, self.resources.micro_batch)
         if self.resources.pack_tokens:
             return deal_packed(lengths, *place, self.resources.pack_tokens)
-        return [[[i] for i in part] for part in deal(lengths, *place, self.resources.micro_tokens)]
+        return [[[i] for i in part] for part in deal(lengths, *place, self.resources.micro_tokens, self.padded)]
 
     def _labelled(self, row: Row) -> list[int]:
         """Per token, 1 where it is learned; never the first, which nothing foretells."""

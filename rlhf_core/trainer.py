@@ -25,6 +25,7 @@ from rlhf_core.export import save_adapter
 from rlhf_core.lora import add_lora, trained
 from rlhf_core.models import load_tokenizer
 from rlhf_core.partitioned import shape_of
+from rlhf_core.ragged import needs_padding
 from rlhf_core.specs import DPOSpec, LoRASpec, RewardSpec, SFTSpec
 from rlhf_core.stats import wilson_interval
 
@@ -152,11 +153,16 @@ class Trainer(Resumable, Generic[S]):
         """Name of the SFT stage's model, the base of an adapter."""
         return f"{self.context.job.inputs['sft'].id}/model"
 
+    @property
+    def padded(self) -> bool:
+        """Whether a pass computes padding along with its rows."""
+        return needs_padding(self.engine)
+
     def deal_pairs(self, lengths: Sequence[int]) -> list[list[int]]:
         """This rank's micro-batches of pairs of these lengths, as indices into `lengths`."""
         tokens = self.resources.micro_tokens
         both = [2 * length for length in lengths]  # a pair is two rows
-        return deal(both, self.ranks.rank, self.ranks.world, self.resources.micro_batch, tokens)
+        return deal(both, self.ranks.rank, self.ranks.world, self.resources.micro_batch, tokens, self.padded)
 
     @torch.no_grad()
     def score_pairs(

@@ -13,7 +13,8 @@ from rlhf_core.planner.work import BYTES, cache_numbers
 from rlhf_core.resources import Resources
 from rlhf_core.spec_base import Precision
 
-BLOCK_BYTES = 64 << 20  # of fp32 logits at once, as in `head_scores`
+# Of logits at once, on CPUs, and of them in fp32 on CPUs, as in `head_scores`.
+BLOCK_BYTES, CPU_BLOCK_BYTES, CACHED_BYTES = 64 << 20, 256 << 20, 8 << 20
 BUCKET = 50_000_000  # numbers that ZeRO sends at once, as in `engine`
 LIVE = 30_000_000  # numbers that ZeRO-3 keeps gathered, as in `engine`
 ENGINE = (
@@ -170,27 +171,28 @@ def activations(model: Model, batch: Batch) -> float:
     return shape.layers * block + ends
 
 
-def head(model: Model, batch: Batch, training: bool) -> float:
-    """Bytes of the head at work: a block's logits in fp32, what is computed from them, and the head's gradient."""
+def head(model: Model, batch: Batch, training: bool, cpu: bool) -> float:
+    """Bytes of the head at work: a block's logits, what is computed of a part of them in fp32, and the head's gradient."""
     wanted, vocabulary = batch.rows * batch.headed, model.shape.vocabulary
     if not wanted:
         return 0.0
-    rows = min(wanted, max(1, BLOCK_BYTES // (4 * vocabulary)))
-    block = rows * vocabulary
-    low = block * model.size if model.size < 4 else 0
+    size = CPU_BLOCK_BYTES if cpu else BLOCK_BYTES
+    rows = min(wanted, max(1, size // (model.size * vocabulary)))
+    part = 4 * vocabulary * min(rows, max(1, (CACHED_BYTES if cpu else BLOCK_BYTES) // (4 * vocabulary)))
+    block = model.size * rows * vocabulary
     if not training:
-        return 2 * 4 * block + low
+        return block + 2 * part
     exact = 4 if wanted > rows else model.size  # sums of several blocks are made in fp32
-    return 4 * 4 * block + low + (vocabulary * model.shape.width * exact if model.trained > model.adapters else 0)
+    return block + 4 * part + (vocabulary * model.shape.width * exact if model.trained > model.adapters else 0)
 
 
-def scoring(model: Model, batch: Batch) -> float:
+def scoring(model: Model, batch: Batch, cpu: bool) -> float:
     """Bytes of a pass that keeps nothing: the widest moment of one block, and the head's."""
     shape, count = model.shape, batch.rows * batch.tokens
     widest = max(shape.inner * (3 if shape.gated else 2), 6 * shape.hidden)
     attention = shape.heads * batch.tokens * 4 * 2 if shape.family in EAGER else 0
     passing_through = count * ((2 * shape.hidden + widest) * model.size + attention)
-    return max(passing_through, count * 2 * shape.hidden * model.size + head(model, batch, training=False))
+    return max(passing_through, count * 2 * shape.hidden * model.size + head(model, batch, False, cpu))
 
 
 @dataclass(frozen=True)

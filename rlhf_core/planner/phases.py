@@ -130,8 +130,10 @@ def scored(passes: Sequence[tuple[Model, Batch, int]], hardware: Hardware) -> Ph
         work = count * batch.rows * forward(model.shape, batch.tokens, batch.headed)
         operations += work
         seconds += compute_seconds(work, hardware, model.precision, count * _gathers(model, hardware))
-    model, batch, _ = max(passes, key=lambda one: scoring(one[0], one[1]) + live(one[0]))
-    return Phase("scoring", {"activations": scoring(model, batch), "gathered": live(model)}, operations, seconds)
+    model, batch, _ = max(passes, key=lambda one: scoring(one[0], one[1], hardware.cpu) + live(one[0]))
+    return Phase(
+        "scoring", {"activations": scoring(model, batch, hardware.cpu), "gathered": live(model)}, operations, seconds
+    )
 
 
 def training(updates: Sequence[tuple[Model, Batch, int]], steps: int, hardware: Hardware) -> Phase:
@@ -153,14 +155,14 @@ def training(updates: Sequence[tuple[Model, Batch, int]], steps: int, hardware: 
     memory = {
         "gradients": summed,
         "activations": activations(model, batch),
-        "logits": head(model, batch, True),
+        "logits": head(model, batch, True, hardware.cpu),
         "in passing": passing(model, on_host),
     }
     return Phase("training", memory, operations, seconds)
 
 
 def _widest(model: Model, batch: Batch, on_host: bool) -> float:
-    return activations(model, batch) + head(model, batch, True) + passing(model, on_host)
+    return activations(model, batch) + head(model, batch, True, not on_host) + passing(model, on_host)
 
 
 def _gathers(model: Model, hardware: Hardware) -> float:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.launch import free_port
+from rlhf_core.launch import CPU_DEFAULTS, free_port
 
 MARK = "RESULT "
 
@@ -65,14 +65,15 @@ def _peak() -> int:
 
 
 def turn(script: str, job: dict[str, Any], processes: int = 1, threads: int = 1) -> list[dict[str, Any]]:
-    """Run `script --child JOB` as so many ranks with so many threads each; what each rank said.
+    """Run `script --child JOB` as so many ranks with so many threads each, ours with our launcher's settings; what each said.
 
     Raises:
         SystemExit: a rank failed; with the end of what it wrote.
     """
+    settings = {} if job.get("system") == "trl" else CPU_DEFAULTS  # TRL runs as its users run it
     environment = {
-        **os.environ, "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"), "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "0", "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "WORLD_SIZE": str(processes),
+        **os.environ, "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"), **settings,
+        "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

@@ -631,6 +631,9 @@ def test_the_environment_is_the_same_wherever_the_job_is_started(make, monkeypat
     assert env["OMP_NUM_THREADS"] == "1" and env["DS_ACCELERATOR"] == "cpu"
     assert env["PATH"].split(":")[0] == str(Path(sys.executable).parent)
     assert env["PYTHONPATH"].split(":")[0] == str(Path(launch.__file__).parent.parent)
+    assert launch.CPU_DEFAULTS.items() <= env.items()
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=1")
+    assert launch.environment(make("succeed"))["GLIBC_TUNABLES"] == "glibc.malloc.perturb=1"
 
 
 def test_a_store_in_memory_is_refused(make):

@@ -133,3 +133,10 @@ def test_micro_batches_hold_so_many_rows_and_tokens_and_every_rank_has_as_many()
             assert len(part) <= 4 and (tokens is None or len(part) == 1 or width * len(part) <= tokens)
         if tokens is None:
             assert len(dealt[0]) == -(-50 // (4 * world))
+            continue
+        real = [deal(lengths, rank, world, 50, tokens, padded=False) for rank in range(world)]
+        assert len({len(parts) for parts in real}) == 1
+        assert sorted(i for parts in real for part in parts for i in part) == list(range(50))
+        assert all(len(part) <= 1 or sum(lengths[i] for i in part) <= tokens for parts in real for part in parts)
+        whole = [deal(lengths, rank, world, 50, tokens) for rank in range(world)]
+        assert len(real[0]) < len(whole[0]), "without padding more rows go together"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BLOCK_BYTES, CPU_BLOCK_BYTES = 64 << 20, 256 << 20  # of logits at once, for the products
+BLOCK_BYTES = 64 << 20  # of logits at once, for the products
 CACHED_BYTES = 8 << 20  # of fp32 logits at once on CPUs, for all that is done to them: what stays in a core's caches
 
 
@@ -40,8 +40,7 @@ class Wanted:
 
     def blocks(self, kind: torch.dtype) -> Iterator[slice]:
         """Blocks of the counted positions, for logits of that type."""
-        size = CPU_BLOCK_BYTES if self.targets.device.type == "cpu" else BLOCK_BYTES
-        return _slices(0, len(self.targets), size // (kind.itemsize * self.vocabulary))
+        return _slices(0, len(self.targets), BLOCK_BYTES // (kind.itemsize * self.vocabulary))
 
     def parts(self, block: slice) -> Iterator[slice]:
         """Parts of a block in which logits become fp32."""

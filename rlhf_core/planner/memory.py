@@ -13,8 +13,7 @@ from rlhf_core.planner.work import BYTES, cache_numbers
 from rlhf_core.resources import Resources
 from rlhf_core.spec_base import Precision
 
-# Of logits at once, on CPUs, and of them in fp32 on CPUs, as in `head_scores`.
-BLOCK_BYTES, CPU_BLOCK_BYTES, CACHED_BYTES = 64 << 20, 256 << 20, 8 << 20
+BLOCK_BYTES, CACHED_BYTES = 64 << 20, 8 << 20  # of logits at once, and of them in fp32 on CPUs, as in `head_scores`
 BUCKET = 50_000_000  # numbers that ZeRO sends at once, as in `engine`
 LIVE = 30_000_000  # numbers that ZeRO-3 keeps gathered, as in `engine`
 ENGINE = (
@@ -176,8 +175,7 @@ def head(model: Model, batch: Batch, training: bool, cpu: bool) -> float:
     wanted, vocabulary = batch.rows * batch.headed, model.shape.vocabulary
     if not wanted:
         return 0.0
-    size = CPU_BLOCK_BYTES if cpu else BLOCK_BYTES
-    rows = min(wanted, max(1, size // (model.size * vocabulary)))
+    rows = min(wanted, max(1, BLOCK_BYTES // (model.size * vocabulary)))
     part = 4 * vocabulary * min(rows, max(1, (CACHED_BYTES if cpu else BLOCK_BYTES) // (4 * vocabulary)))
     block = model.size * rows * vocabulary
     if not training:

@@ -33,6 +33,7 @@ def small(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_at_zero_3_no_rank_holds_the_whole_model_when_it_is_loaded_or_exported(small, tmp_path):
     from transformers import AutoModelForCausalLM, LlamaConfig
 

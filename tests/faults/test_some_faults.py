@@ -7,6 +7,7 @@ from runs import Moment
 pytestmark = pytest.mark.timeout(900)
 
 
+@pytest.mark.faults  # PPO's, below, kills a rank and ends the flow too
 def test_sft_ends_with_the_same_bits_after_a_rank_and_the_flow_were_killed(chain):
     chain("sft").strike(
         [

@@ -37,7 +37,7 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_and_gradients_are_those_of_each_row_alone_over_whole_logits(family, monkeypatch):
-    monkeypatch.setattr(head_scores, "CPU_BLOCK_BYTES", 7 * 4 * 40)  # seven positions at once
+    monkeypatch.setattr(head_scores, "BLOCK_BYTES", 7 * 4 * 40)  # seven positions at once
     monkeypatch.setattr(head_scores, "CACHED_BYTES", 3 * 4 * 40)  # and three of them in fp32
     model = tiny(family)
     assert can_score(model)
@@ -59,7 +59,7 @@ def test_scores_and_gradients_are_those_of_each_row_alone_over_whole_logits(fami
 
 
 def test_a_filtered_distribution_is_normalised_over_what_was_kept_and_has_its_gradients(monkeypatch):
-    monkeypatch.setattr(head_scores, "CPU_BLOCK_BYTES", 3 * 4 * 40)
+    monkeypatch.setattr(head_scores, "BLOCK_BYTES", 3 * 4 * 40)
     monkeypatch.setattr(head_scores, "CACHED_BYTES", 2 * 4 * 40)
     model, sampling = tiny("llama"), Sampling(9, top_k=12, top_p=0.9)
     sequence = sampled(model, sampling)
@@ -102,7 +102,7 @@ def test_in_bf16_gradients_summed_over_blocks_are_as_near_as_those_of_one(monkey
 
     exact = head_gradient(torch.float32)
     whole = (head_gradient(torch.bfloat16) - exact).norm()
-    monkeypatch.setattr(head_scores, "CPU_BLOCK_BYTES", 4 * 40)
+    monkeypatch.setattr(head_scores, "BLOCK_BYTES", 4 * 40)
     assert (head_gradient(torch.bfloat16) - exact).norm() < 1.5 * whole + 1e-6
 
 
@@ -114,7 +114,7 @@ def test_texts_without_a_counted_token_give_nothing_and_a_gradient_of_zero():
 
 
 def test_no_tensor_as_large_as_tokens_times_vocabulary_is_made(monkeypatch):
-    monkeypatch.setattr(head_scores, "CPU_BLOCK_BYTES", 5 * 4 * 40)
+    monkeypatch.setattr(head_scores, "BLOCK_BYTES", 5 * 4 * 40)
     model, seen = tiny("opt"), []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

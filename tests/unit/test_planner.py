@@ -115,7 +115,7 @@ def test_the_planners_constants_are_those_of_the_code_that_trains():
     from rlhf_core.rollout import cache
 
     zero = engine.engine_config(Resources(zero_stage=3), "fp32", 1.0)["zero_optimization"]
-    for name in ("BLOCK_BYTES", "CPU_BLOCK_BYTES", "CACHED_BYTES"):
+    for name in ("BLOCK_BYTES", "CACHED_BYTES"):
         assert getattr(memory, name) == getattr(head_scores, name)
     assert memory.SLACK == cache.SLACK
     assert memory.BUCKET == engine.BUCKET and memory.LIVE == zero["stage3_max_live_parameters"]

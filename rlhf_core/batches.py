@@ -122,9 +122,8 @@ def cut(
     first = 0
     for end in range(1, len(widths) + 1):
         rest = end == len(widths)
-        wider = False
-        if not rest and tokens is not None:
-            wider = (widths[first] * (end + 1 - first) if padded else sum(widths[first : end + 1])) > tokens
+        with_next = widths[first] * (end + 1 - first) if padded else sum(widths[first : end + 1])
+        wider = tokens is not None and with_next > tokens
         if rest or wider or end - first == micro_batch:
             parts.append(list(rows[first:end]))
             first = end

@@ -44,9 +44,8 @@ class Wanted:
 
     def parts(self, block: slice) -> Iterator[slice]:
         """Parts of a block in which logits become fp32."""
-        end = min(block.stop, len(self.targets))
         size = CACHED_BYTES if self.targets.device.type == "cpu" else BLOCK_BYTES
-        return _slices(block.start, end, size // (4 * self.vocabulary))
+        return _slices(block.start, block.stop, size // (4 * self.vocabulary))
 
 
 def can_score(model: Any) -> bool:

@@ -55,9 +55,8 @@ CPU_DEFAULTS = {
     # arithmetic. What is not soon used again `partitioned.release_freed` gives back.
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296",
 }
-PORTS = range(
-    20_000, 32_000
-)  # below the ephemeral range, where an outgoing connection could take it before the ranks do
+# Below the ephemeral range, where an outgoing connection could take it before the ranks do.
+PORTS = range(20_000, 32_000)
 
 
 def _ignore(_: object) -> None: ...

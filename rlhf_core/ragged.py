@@ -1,9 +1,8 @@
 """Rows side by side in one row without padding, each attending to itself only: on CPUs padding costs as much as tokens.
 
 Models that take their attention from transformers' interface hand it the lengths of the rows, which are attended to one after
-the other by torch's causal kernel. All else in a model treats every token
-alike, so the result is that of padded rows but for rounding. Other families, windows shorter than a row, and GPUs, whose kernels
-want padded rows, keep them.
+the other by torch's causal kernel. All else in a model treats every token alike, so the result is that of padded rows but for
+rounding. Other families, windows shorter than a row, and GPUs, whose kernels want padded rows, keep them.
 """
 
 from collections.abc import Callable
@@ -21,9 +20,8 @@ LENGTHS = "row_lengths"  # the argument that models pass on to their attention
 _padded: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
-def needs_padding(*engines: Any) -> bool:
-    """Whether any of some models, or of the models of some engines, may have to compute padding along with rows."""
-    models = [getattr(engine, "module", engine) for engine in engines]
+def needs_padding(*models: Any) -> bool:
+    """Whether any of the models may have to compute padding along with rows."""
     return any(not _joins(m) or getattr(m.config, "sliding_window", None) is not None for m in models)
 
 

@@ -156,7 +156,7 @@ class DeepSpeedRLHFEngine:
     @property
     def padded(self) -> bool:
         """Whether any model's pass computes padding along with its rows."""
-        return needs_padding(*self.models.values())
+        return needs_padding(*(engine.module for engine in self.models.values()))
 
     @property
     def value_config(self) -> Any:

@@ -156,7 +156,7 @@ class Trainer(Resumable, Generic[S]):
     @property
     def padded(self) -> bool:
         """Whether a pass computes padding along with its rows."""
-        return needs_padding(self.engine)
+        return needs_padding(self.engine.module)
 
     def deal_pairs(self, lengths: Sequence[int]) -> list[list[int]]:
         """This rank's micro-batches of pairs of these lengths, as indices into `lengths`."""

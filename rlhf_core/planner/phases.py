@@ -130,10 +130,8 @@ def scored(passes: Sequence[tuple[Model, Batch, int]], hardware: Hardware) -> Ph
         work = count * batch.rows * forward(model.shape, batch.tokens, batch.headed)
         operations += work
         seconds += compute_seconds(work, hardware, model.precision, count * _gathers(model, hardware))
-    model, batch, _ = max(passes, key=lambda one: scoring(one[0], one[1], hardware.cpu) + live(one[0]))
-    return Phase(
-        "scoring", {"activations": scoring(model, batch, hardware.cpu), "gathered": live(model)}, operations, seconds
-    )
+    parts = [{"activations": scoring(m, batch, hardware.cpu), "gathered": live(m)} for m, batch, _ in passes]
+    return Phase("scoring", _largest(parts), operations, seconds)
 
 
 def training(updates: Sequence[tuple[Model, Batch, int]], steps: int, hardware: Hardware) -> Phase:
@@ -151,18 +149,20 @@ def training(updates: Sequence[tuple[Model, Batch, int]], steps: int, hardware: 
         seconds += steps * compute_seconds(work, hardware, model.precision, sent)
     unique = {m.role: m for m, _, _ in updates}
     summed = sum(gradients(m, world, on_host) for m in unique.values())
-    model, batch, _ = max(updates, key=lambda one: _widest(one[0], one[1], on_host))
-    memory = {
-        "gradients": summed,
-        "activations": activations(model, batch),
-        "logits": head(model, batch, True, hardware.cpu),
-        "in passing": passing(model, on_host),
-    }
-    return Phase("training", memory, operations, seconds)
+    parts = [
+        {
+            "activations": activations(m, batch),
+            "logits": head(m, batch, True, hardware.cpu),
+            "in passing": passing(m, on_host),
+        }
+        for m, batch, _ in updates
+    ]
+    return Phase("training", {"gradients": summed, **_largest(parts)}, operations, seconds)
 
 
-def _widest(model: Model, batch: Batch, on_host: bool) -> float:
-    return activations(model, batch) + head(model, batch, True, not on_host) + passing(model, on_host)
+def _largest(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of several pieces of work, one at a time, the memory of that which takes most."""
+    return max(parts, key=lambda memory: sum(memory.values()))
 
 
 def _gathers(model: Model, hardware: Hardware) -> float:

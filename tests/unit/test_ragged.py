@@ -101,7 +101,6 @@ def test_attention_that_does_not_know_the_lengths_is_not_taken_for_right(family)
 def test_dropout_is_applied():
     made = model("opt")
     made.train()
-    made.config.attention_dropout = 0.5
     for layer in made.model.decoder.layers:
         layer.self_attn.dropout = 0.5
     ids, mask, counted = batch()

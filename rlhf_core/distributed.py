@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from rlhf_core.cpu_products import use_fast_products
+
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=15)
 
@@ -38,6 +40,7 @@ def start(seed: int) -> Ranks:
     on_cpu = accelerator.device_name() == "cpu"
     if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        use_fast_products()
     if "RANK" not in os.environ:  # a script that was started without a launcher: one process
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")

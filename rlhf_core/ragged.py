@@ -1,7 +1,7 @@
 """Rows side by side in one row without padding, each attending to itself only: on CPUs padding costs as much as tokens.
 
-Models that take their attention from transformers' interface hand it the lengths of the rows, which are attended to one after
-the other by torch's causal kernel. All else in a model treats every token alike, so the result is that of padded rows but for
+Models that take their attention from transformers' interface hand it the lengths of the rows, to which a kernel of ours attends,
+or torch's causal one, row by row. All else in a model treats every token alike, so the result is that of padded rows but for
 rounding. Other families, windows shorter than a row, and GPUs, whose kernels want padded rows, keep them.
 """
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rlhf_core.cpu_kernels import can_attend, rows_attention
 
 FAMILIES = frozenset({"opt", "gpt_neox", "gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma3_text"})
 LENGTHS = "row_lengths"  # the argument that models pass on to their attention
@@ -67,6 +69,8 @@ def _attention(
     if lengths is None:
         return _padded(module, query, key, value, attention_mask, **more)
     dropout, scale = more.get("dropout", 0.0), more.get("scaling")
+    if not dropout and can_attend(query, key, value):
+        return rows_attention(query, key, value, lengths, scale), None
     rows = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     return torch.cat([_one_row(q, k, v, dropout, scale).transpose(1, 2) for q, k, v in rows if q.shape[2]], 1), None
 

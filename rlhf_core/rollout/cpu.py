@@ -1,10 +1,11 @@
-"""What makes decoding fast on a CPU, for the time of a rollout: weights in the kernels' own layout, attention over fp32 keys.
+"""What makes decoding fast on a CPU, for the time of a rollout: weights in the kernels' own layout, attention to single tokens.
 
-A linear layer of a few rows costs what reading its weights costs, and oneDNN first brings them into its own order, at every call;
-done once for a rollout, a step of 16 rows takes 0.6 (bf16) and 0.5 (fp32) of the time, and a copy of the weights in memory.
-Attention of one new token over bf16 keys takes 3.7 times as long as over fp32 ones in torch's kernel, so a bf16 model's cache
-is kept in fp32, of which more digits are the only other effect. (One thread, Zen 4, OPT-125m's layers: `bench_rollout.py`.)
-Models that do not take their attention from transformers' interface, and weights that are divided among ranks, stay as they are.
+A linear layer of a few rows costs what reading its weights costs. They are laid out as our kernel reads them (`cpu_kernels`), or,
+where there is none, as oneDNN's does; either way this is a copy of the weights in memory. Prompts go through oneDNN.
+Attention of one new token takes a kernel of ours a third of the time of torch's. Where there is none a bf16 model's cache is kept
+in fp32, of which more digits are the only other effect: over bf16 keys torch's kernel takes 3.7 times as long.
+(OPT-125m's layers: `bench_rollout.py`.) Models that do not take their attention from transformers' interface, and weights
+that are divided among ranks, stay as they are.
 """
 
 import sys
@@ -20,8 +21,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_core.cpu_kernels import FEW, can_attend, can_pack, few_rows, library, packed, token_attention
+from rlhf_core.cpu_products import usual_products
+
 ROWS = 16  # that the layout is chosen for
-WIDE = "rlhf_wide"
+TOKEN = "rlhf_token"
 
 
 @contextmanager
@@ -34,11 +38,13 @@ def fast_steps(model: nn.Module) -> Iterator[torch.dtype | None]:
         for layer in model.modules():
             if _can_be_packed(layer):
                 _replace_forward(layer, undo)
-        wide = _takes_wide_keys(model)
-        if wide:
+        undo.enter_context(usual_products())
+        replaced = _takes_other_attention(model)
+        if replaced:
             config: Any = model.config
             undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
-            config._attn_implementation = WIDE
+            config._attn_implementation = TOKEN
+        wide = replaced and library() is None and next(model.parameters()).dtype == torch.bfloat16
         yield torch.float32 if wide else None
 
 
@@ -60,37 +66,45 @@ def _has_kernels(dtype: torch.dtype) -> bool:
 
 def _replace_forward(layer: Any, undo: ExitStack) -> None:
     weight = layer.weight.detach()
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous() if type(layer) is Conv1D else weight, ROWS)
+    weight = weight.t() if type(layer) is Conv1D else weight
+    bias = None if layer.bias is None else layer.bias.detach()
     if "forward" in vars(layer):
         undo.callback(setattr, layer, "forward", layer.forward)
     else:
         undo.callback(delattr, layer, "forward")
-    bias = None if layer.bias is None else layer.bias.detach()
-    layer.forward = partial(_linear, packed, bias)
+    if can_pack(weight):
+        layer.forward = partial(_few_or_many, packed(weight), weight, bias)
+    else:
+        layer.forward = partial(_linear, torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS), bias)
 
 
-def _linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def _few_or_many(panels: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    if x.numel() <= FEW * x.shape[-1]:
+        return few_rows(x, panels, bias, len(weight))
+    return _linear(weight, bias, x)
 
 
-def _takes_wide_keys(model: Any) -> bool:
-    """bf16, with attention by torch's kernel through the interface in which another can be named."""
+def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _takes_other_attention(model: Any) -> bool:
+    """Attention by torch's kernel, through the interface in which another can be named."""
     module = sys.modules[type(model).__module__]
-    return (
-        next(model.parameters()).dtype == torch.bfloat16
-        and model.config._attn_implementation == "sdpa"
-        and hasattr(module, "ALL_ATTENTION_FUNCTIONS")
-    )
+    return model.config._attn_implementation == "sdpa" and hasattr(module, "ALL_ATTENTION_FUNCTIONS")
 
 
-def _wide_attention(
+def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """torch's attention in the keys' type; the result in the query's."""
+    """Of single tokens by our kernel, else by torch's in the keys' type; the result in the query's."""
+    shown = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
+    if query.shape[2] == 1 and shown and key.stride() == value.stride() and can_attend(query, key, value):
+        return token_attention(query, key, value, attention_mask, more.get("scaling")), None
     attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS["sdpa"]
     result, weights = attention(module, query.to(key.dtype), key, value, attention_mask, **more)
     return result.to(query.dtype), weights
 
 
-AttentionInterface.register(WIDE, _wide_attention)
-AttentionMaskInterface.register(WIDE, sdpa_mask)
+AttentionInterface.register(TOKEN, _attention)
+AttentionMaskInterface.register(TOKEN, sdpa_mask)

@@ -101,10 +101,10 @@ def sample_token(logits: Tensor, sampling: Sampling, noise: np.ndarray) -> Sampl
     block, share = _invert(sums, point)
     inside, _ = _invert(blocks[torch.arange(rows, device=block.device), block].double(), share)
     token = block * BLOCK + inside
-    if keep is not None:
-        below = below.masked_fill(~keep, 0.0)  # its weight is 0, and 0 * -inf would not be
-    mean = torch.bmm(weight[:, None, :size], below[:, :, None]).view(rows)
     logprob = below.gather(-1, token.unsqueeze(-1)).squeeze(-1) - total.log()
+    if keep is not None:
+        below.masked_fill_(~keep, 0.0)  # its weight is 0, and 0 * -inf would not be
+    mean = below.mul_(weight[:, :size]).sum(-1)
     return Sampled(token, logprob.float(), (total.log() - mean / total).float(), keep)
 
 

@@ -5,8 +5,10 @@
 Actor, reference, critic and reward model of OPT-125m's shape (random weights, 50,264 tokens), 16 sequences, one PPO epoch in one
 minibatch, no gradient checkpointing. `fixed`: 128 + 128 tokens. `varied`: prompts as long as hh-rlhf's, and weights that make EOS
 so likely that answers end at random, after 53 of at most 128 tokens on average, as people's do. Each system runs in a process of
-its own (`--processes 2`: two ranks of one thread), in turn with the others and with a measurement of the machine, two iterations a
-turn of which the second counts; figures are medians over the turns. Below each comparison stands what both say of the first step.
+its own (`--processes 2`: two ranks of one thread), in turn with the others and with a measurement of the machine, three iterations
+a turn of which the last counts (in earlier ones memory is still new); figures are medians over the turns. Below each comparison stands
+what both say of the first step. TRL gives a score one state late, after the answer's end, where it ends before the limit
+(its `padding_mask_p1`), and counts that state in the value loss: `value_loss_trl` is the loss by its rule, of both systems.
 """
 
 import json
@@ -27,7 +29,7 @@ from turns import Clock, job_of_child, medians, options, say, turn  # noqa: E402
 
 SYSTEMS = ("ours", "trl")
 PHASES = ("generate", "score", "train")
-ITERATIONS = 2
+ITERATIONS = 3
 MICRO_TOKENS = 2048
 
 
@@ -62,6 +64,8 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
         experience = trainer.score(rollout)
         trainer.measure(experience)
         clock.phase("score")
+        as_trl = value_loss_trl(trainer, experience)
+        clock.start()
         trainer.train_rlhf(experience)
         clock.phase("train")
         clock.end()
@@ -70,9 +74,29 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
         said = trainer.metrics
         facts.append({
             "tokens": int(mask.sum()), "score": said["score"], "nats": float(-experience.logprobs[mask].sum() / own),
-            "actor_loss": said["actor_loss"], "critic_loss": said["critic_loss"],
+            "actor_loss": said["actor_loss"], "critic_loss": said["critic_loss"], "value_loss_trl": as_trl,
         })  # fmt: skip
     return {"iterations": clock.rows, "facts": facts, "answers": answers}
+
+
+def value_loss_trl(trainer: Any, e: Any) -> float:
+    """The value loss before any update as TRL counts it: answers that have ended get their score at a state after the last."""
+    import torch
+
+    from rlhf_core import ppo_math as pm
+    from rlhf_core.scoring import response_values
+
+    ids = torch.nn.functional.pad(e.response_ids, (0, 1))
+    mask = torch.nn.functional.pad(e.response_mask, (0, 1))
+    short = e.response_mask.sum(1) < NEW
+    mask[short, e.response_mask.sum(1)[short]] = 1
+    with torch.no_grad():
+        values = response_values(trainer.engine.critic, e.prompt_ids, e.prompt_mask, ids, mask)
+    kl = torch.nn.functional.pad(pm.select(e.logprobs - e.ref_logprobs, e.response_mask), (0, 1))
+    spec = trainer.spec
+    rewards = pm.token_rewards(e.scores, kl, mask, trainer.kl_coef)
+    _, returns = pm.gae(rewards, values, mask, spec.gamma, spec.lam)
+    return float(0.5 * pm.masked_mean((values - returns) ** 2, mask))
 
 
 def run_trl(job: dict[str, Any]) -> dict[str, Any]:

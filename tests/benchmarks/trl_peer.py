@@ -90,7 +90,7 @@ def _instrument(module: Any, trainer: Any, made: dict, clock: Clock, facts: list
         value, policy = (sum(x for x, _ in part) / sum(n for _, n in part) for part in (sums[::2], sums[1::2]))
         facts.append({
             "tokens": sum(n for _, n in sums[1::2]), "score": metrics["objective/scores"],
-            "nats": metrics["objective/entropy"] + state["padded"], "actor_loss": policy, "critic_loss": 0.5 * value,
+            "nats": metrics["objective/entropy"] + state["padded"], "actor_loss": policy, "value_loss_trl": 0.5 * value,
         })  # fmt: skip
         state["sums"] = []
         log(metrics, *rest)

@@ -26,7 +26,7 @@ FAMILIES = ("opt", "gpt_neox", "gptj", "gpt_neo", "gpt2", "codegen", "llama", "q
 
 def model(family: Any, window: bool = False) -> Any:
     """A small model of a family; with `window`, every other layer sees only the last four tokens."""
-    made = new_causal_lm(ModelSpec(family=family, hidden_size=32, layers=2, heads=4, positions=32), tiny.tokenizer(), 0)
+    made = new_causal_lm(ModelSpec(family=family, hidden_size=64, layers=2, heads=4, positions=32), tiny.tokenizer(), 0)
     if not window:
         return made
     config: Any = made.config

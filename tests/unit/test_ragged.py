@@ -46,9 +46,11 @@ def grouped(family: str) -> Any:
     return made
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("checkpointing", "kernels"), [(False, True), (True, True), (False, False)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_values_and_gradients_are_those_of_padded_rows(family, checkpointing, monkeypatch):
+def test_scores_values_and_gradients_are_those_of_padded_rows(family, checkpointing, kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(ragged, "can_attend", lambda *_: False)
     made = grouped(family)
     if checkpointing:
         made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -60,8 +62,9 @@ def test_scores_values_and_gradients_are_those_of_padded_rows(family, checkpoint
     monkeypatch.setattr(ragged, "FAMILIES", frozenset())
     assert side_by_side(made, ids, mask) is None
     for ours, padded in zip(found, scored(made), strict=True):
-        assert padded.abs().max() > 0
-        torch.testing.assert_close(ours, padded, atol=2e-5, rtol=1e-4)
+        largest = float(padded.abs().max())
+        assert largest > 0
+        torch.testing.assert_close(ours, padded, atol=3e-6 * largest, rtol=1e-4)
 
 
 def test_a_row_does_not_see_the_others():

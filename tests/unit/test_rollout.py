@@ -36,10 +36,10 @@ class Tokenizer:
 
 
 def tiny(family: str, positions: int = 64) -> torch.nn.Module:
-    spec = ModelSpec(family=family, hidden_size=32, layers=2, heads=4, positions=positions)
+    spec = ModelSpec(family=family, hidden_size=64, layers=2, heads=4, positions=positions)
     model = new_causal_lm(spec, Tokenizer(), seed=3).eval()
     for p in model.parameters():  # random weights of a size that makes the distribution uneven
-        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        p.data += 0.07 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     return model
 
 

@@ -6,6 +6,7 @@ import torch
 from test_rollout import FAMILIES, tiny
 from transformers import AutoModelForCausalLM, GPTNeoConfig
 
+from rlhf_core import cpu_kernels
 from rlhf_core.rollout import Sampling, cache, cpu, generate
 from rlhf_core.rollout.slots import Waiting, group_of, queue_of
 from rlhf_core.scoring import response_scores
@@ -105,12 +106,15 @@ def test_the_same_call_gives_the_same_bits_and_every_pass_is_told_before_it_is_m
     assert done[-1] == 9 and sorted(set(done)) == [d for i, d in enumerate(done) if d not in done[:i]]
 
 
-@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("kernels", ["ours", "oneDNN's", "torch's"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "gemma3"])
 def test_a_bf16_model_is_as_it_was_after_a_rollout_and_samples_as_near_to_fp32_as_the_plain_loop(
     family, kernels, monkeypatch
 ):
-    monkeypatch.setattr(cpu, "_has_kernels", lambda _: kernels)
+    if kernels != "ours":
+        for module in (cpu, cpu_kernels):
+            monkeypatch.setattr(module, "library", lambda: None)
+        monkeypatch.setattr(cpu, "_has_kernels", lambda _: kernels == "oneDNN's")
     exact, model = tiny(family), tiny(family).bfloat16()
     before, config = {k: v.clone() for k, v in model.state_dict().items()}, model.config.to_dict()
     options = {"seed": 7, "eos": 39, "pad": 0, "batch_size": 4}

@@ -6,9 +6,10 @@ Actor, reference, critic and reward model of OPT-125m's shape (random weights, 5
 minibatch, no gradient checkpointing. `fixed`: 128 + 128 tokens. `varied`: prompts as long as hh-rlhf's, and weights that make EOS
 so likely that answers end at random, after 53 of at most 128 tokens on average, as people's do. Each system runs in a process of
 its own (`--processes 2`: two ranks of one thread), in turn with the others and with a measurement of the machine, three iterations
-a turn of which the last counts (in earlier ones memory is still new); figures are medians over the turns. Below each comparison stands
-what both say of the first step. TRL gives a score one state late, after the answer's end, where it ends before the limit
-(its `padding_mask_p1`), and counts that state in the value loss: `value_loss_trl` is the loss by its rule, of both systems.
+a turn of which the last counts (in earlier ones memory is still new); figures are medians over the turns.
+
+Below each comparison stands what both say of the first step. TRL gives a score one state late, after the answer's end, where it ends
+before the limit (its `padding_mask_p1`), and counts that state in the value loss; `value_loss_trl` is the loss by its rule.
 """
 
 import json

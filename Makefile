@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONFIG ?= deployments/configs/quickstart.yaml
 RLHF := $(BIN)/rlhf
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow faults check install real s3 bench bench-store bench-checkpoint bench-orchestration bench-plan screenshots clean
+.PHONY: help demo test test-slow faults check install real s3 bench bench-kernels bench-store bench-checkpoint bench-orchestration bench-plan screenshots clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -34,6 +34,9 @@ real: $(VENV)/.installed ## what the real-input configurations need besides: vad
 
 bench: $(VENV)/.installed-dev ## PPO, fine-tuning, rollouts and memory beside TRL and others: build/bench.md, .json, .png; two hours
 	@$(BIN)/python tests/benchmarks/bench.py
+
+bench-kernels: $(VENV)/.installed-dev ## our kernels for CPUs beside torch's, three minutes
+	@$(BIN)/python tests/benchmarks/bench_kernels.py
 
 bench-plan: $(VENV)/.installed-dev ## the planner beside published figures and measured memory, cell by cell
 	@$(BIN)/python tests/benchmarks/planner_published.py

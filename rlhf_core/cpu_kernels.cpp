@@ -2,7 +2,8 @@
 //
 // Attention is computed in fp32 whatever the type of what is read and written: the causal one of rows side by side, forwards and
 // backwards (`rows_*`), and that of one new token of each row over what a cache holds (`token_*`). Products of a few rows with
-// weights that are laid out for it (`pack`, `few_rows_*`) cost what reading the weights costs, so they are fetched ahead.
+// weights that are laid out for it (`pack`, `few_rows_*`) cost what reading the weights costs, so they are fetched ahead. What a
+// token is drawn by takes one pass over its logits (`weights_*`).
 //
 // Each output is computed by one thread in one order: results do not depend on the number of threads. Vectors are those of GCC
 // and Clang, which compile to whatever the processor has. Called by cpu_kernels.py.
@@ -27,6 +28,13 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 struct Bf16 { uint16_t bits; };
 
+float widened(float x) { return x; }
+float widened(Bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 void store(float x, float* to) { *to = x; }
 void store(float x, Bf16* to) {  // to the nearest, ties to even, as torch rounds
   uint32_t bits;
@@ -348,6 +356,51 @@ void token(const T* q, const T* k, const T* v, T* out, const uint8_t* mask, int6
   }
 }
 
+constexpr int64_t TOGETHER = 128;  // numbers of a row whose weights are summed up together
+
+// Of each row of logits: the largest over the temperature, the weights e^(x - largest), their sums by blocks, and the sum of
+// weight times x - largest.
+template <typename T>
+void weights(const T* logits, int64_t stride, float* made, double* sums, float* largest_of, double* products, int64_t rows,
+             int64_t size, int64_t blocks, float temperature) {
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    const T* from = logits + row * stride;
+    float* to = made + row * blocks * TOGETHER;
+    const int64_t whole = size / LANES * LANES;
+    float rest[LANES];
+    std::fill(rest, rest + LANES, -INFINITY);
+    for (int64_t j = whole; j < size; j++) rest[j - whole] = widened(from[j]);
+    Floats most = load(rest);
+    for (int64_t j = 0; j < whole; j += LANES) {
+      const Floats x = load(from + j);
+      most = x > most ? x : most;
+    }
+    float each[LANES];
+    put(each, most / temperature);
+    const float shift = largest(each, LANES);
+    double product = 0;
+    for (int64_t block = 0; block < blocks; block++) {
+      Floats sum = {}, weighed = {};
+      for (int64_t j = block * TOGETHER; j < (block + 1) * TOGETHER; j += LANES) {
+        Floats weight = {};
+        if (j < size) {
+          const Floats below = (j < whole ? load(from + j) : load(rest)) / temperature - shift;
+          weight = exponential(below);
+          const Floats none = {};
+          weighed += weight == none ? none : weight * below;
+        }
+        put(to + j, weight);
+        sum += weight;
+      }
+      sums[row * blocks + block] = total(sum);
+      product += total(weighed);
+    }
+    largest_of[row] = shift;
+    products[row] = product;
+  }
+}
+
 constexpr int64_t AHEAD = 16384;  // bytes of weights that are fetched ahead
 
 // The product of M rows with one panel of 16 outputs, laid out `[inner][16]`.
@@ -435,6 +488,15 @@ extern "C" int has_few_rows_bfloat16() {
   return 0;
 #endif
 }
+
+#define WEIGHTS(NAME, T)                                                                                                     \
+  extern "C" void weights_##NAME(const T* logits, int64_t stride, float* made, double* sums, float* largest, double* products, \
+                                 int64_t rows, int64_t size, int64_t blocks, float temperature) {                            \
+    weights(logits, stride, made, sums, largest, products, rows, size, blocks, temperature);                                 \
+  }
+
+WEIGHTS(float32, float)
+WEIGHTS(bfloat16, Bf16)
 
 #define FEW_ROWS(NAME, T)                                                                                                    \
   extern "C" void few_rows_##NAME(const T* x, const T* weights, const T* bias, T* to, int64_t rows, int64_t inner,           \

@@ -27,6 +27,7 @@ SECONDS = 120  # to compile
 KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 LANES, LARGEST = 16, 256  # a head's size is a multiple of the first and at most the second
 FEW = 64  # rows; more are for oneDNN
+TOGETHER = 128  # weights of a distribution that are summed up together
 
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -107,6 +108,38 @@ def few_rows(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Te
         *map(ctypes.c_int64, (x.numel() // inputs, inputs, outputs)),
     )  # fmt: skip
     return out
+
+
+def can_weigh(logits: Tensor) -> bool:
+    """Whether there is a kernel for the weights of distributions with such logits."""
+    return logits.dtype in KINDS and logits.device.type == "cpu" and logits.stride(-1) == 1 and library() is not None
+
+
+def weigh(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What tokens are drawn by: softmax before it is divided by its sum, in one pass.
+
+    Args:
+        logits: `[rows, tokens]`.
+        temperature: divides them.
+
+    Returns:
+        weights: e^(x / temperature - largest), fp32, `[rows, blocks * 128]`, zeros in the end.
+        sums: of each block of 128, fp64, `[rows, blocks]`.
+        largest: of x / temperature, fp32, `[rows]`.
+        products: sum of weight times x / temperature - largest, fp64, `[rows]`.
+    """
+    rows, size = logits.shape
+    blocks = -(-size // TOGETHER)
+    weights, largest = (
+        logits.new_empty(rows, blocks * TOGETHER, dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.float32),
+    )
+    sums, products = (logits.new_empty(shape, dtype=torch.float64) for shape in ((rows, blocks), (rows,)))
+    _function("weights", logits.dtype)(
+        _at(logits), ctypes.c_int64(logits.stride(0)), *map(_at, (weights, sums, largest, products)),
+        *map(ctypes.c_int64, (rows, size, blocks)), ctypes.c_float(temperature),
+    )  # fmt: skip
+    return weights, sums, largest, products
 
 
 class _Rows(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """fp32 products on AMD's processors by oneDNN, where MKL leaves half of the processor idle.
 
 torch gives fp32 products to MKL, whose kernels for AMD compute 256 bits at once. Zen 5 can compute 512, as oneDNN's do: 2.2 times
-as fast (`tests/benchmarks/bench_choices.py`). torch's only switch to oneDNN is that for products in bf16, an offer that oneDNN
+as fast (`tests/benchmarks/bench_kernels.py`). torch's only switch to oneDNN is that for products in bf16, an offer that oneDNN
 takes up on processors with AMX alone; elsewhere it computes in fp32. That is tested before the switch is left on.
 """
 

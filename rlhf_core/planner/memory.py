@@ -195,7 +195,7 @@ def scoring(model: Model, batch: Batch, cpu: bool) -> float:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Rows that run at once on one rank, of so many tokens at most; `cpu`: with packed weights and fp32 keys."""
+    """Rows that run at once on one rank, of so many tokens at most; `cpu`: with packed weights."""
 
     rows: int
     prompt: int
@@ -207,11 +207,10 @@ def generation(model: Model, run: Rollout) -> dict[str, float]:
     """Bytes that a rollout adds on one rank: cache, logits of a step, and what makes it fast on a CPU."""
     longest = run.prompt + run.answer
     columns = longest + max(SLACK, longest // 4)
-    kv = 4 if run.cpu else model.size
     shape = model.shape
     entering = min(run.rows, max(1, 512 // run.prompt)) * run.prompt * cache_numbers(shape) * model.size
     found: dict[str, float] = {
-        "KV cache": run.rows * columns * cache_numbers(shape) * kv + entering,
+        "KV cache": run.rows * columns * cache_numbers(shape) * model.size + entering,
         "logits": 5 * 4 * run.rows * shape.vocabulary,
     }
     if run.cpu and model.zero != 3:

@@ -114,8 +114,7 @@ def rolled_out(
     memory = generation(actor, Rollout(together, prompt, answer, hardware.cpu))
     others = (hardware.world - 1) / hardware.world
     gathered = actor.size * actor.parameters * others if actor.zero == 3 else 0.0
-    kv = 4 if hardware.cpu else actor.size
-    run = Decode(together, prompt, answer, kv, actor.size, gathered=gathered)
+    run = Decode(together, prompt, answer, actor.size, gathered=gathered)
     precision = actor.precision
     prefill = rows / answers * forward(actor.shape, prompt, 1)
     operations = prefill + rows * answer * forward(actor.shape, 1, 1)

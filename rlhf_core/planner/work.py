@@ -44,8 +44,7 @@ class Decode:
     Attributes:
         rows: that run at once.
         prompt, answer: tokens of each.
-        kv_bytes: of one number in the key-value cache.
-        weight_bytes: of one weight.
+        size: bytes of one weight, and of one number in the key-value cache.
         ways: ranks that share the weights, and their rows, by tensor parallelism.
         gathered: bytes that reach this rank from others at each step (ZeRO-3, layer by layer).
     """
@@ -53,8 +52,7 @@ class Decode:
     rows: int
     prompt: int
     answer: int
-    kv_bytes: int
-    weight_bytes: int
+    size: int
     ways: int = 1
     gathered: float = 0.0
 
@@ -67,7 +65,7 @@ def cache_numbers(shape: Shape) -> int:
 def decode_seconds(shape: Shape, run: Decode, hardware: Hardware, precision: str) -> float:
     """Seconds of all `answer` steps of `rows` rows; the prompts' pass is not in it."""
     context = run.prompt + run.answer / 2
-    read = shape.parameters * run.weight_bytes / run.ways + run.rows * context * cache_numbers(shape) * run.kv_bytes
+    read = shape.parameters * run.size / run.ways + run.rows * context * cache_numbers(shape) * run.size
     reading = read / (READING * 1e9 * hardware.bandwidth)
     computing = run.rows * forward(shape, 1, 1) / (TRAINING * hardware.peak(precision))
     launching = 0.0 if hardware.cpu else LAUNCH * shape.layers

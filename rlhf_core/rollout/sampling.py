@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 128  # tokens of the vocabulary that are summed up together
+from rlhf_core.cpu_kernels import TOGETHER, can_weigh, weigh
 
 
 @dataclass(frozen=True)
@@ -84,28 +84,36 @@ def keep_tokens(logits: Tensor, sampling: Sampling) -> Tensor:
 
 def sample_token(logits: Tensor, sampling: Sampling, noise: np.ndarray) -> Sampled:
     """Sample by inverting the cumulative distribution at `noise` `[batch]`; `logits` is `[batch, vocabulary]`."""
-    logits = logits[..., : sampling.vocabulary].float()
-    if sampling.temperature != 1.0:
-        logits = logits / sampling.temperature
-    keep = keep_tokens(logits, sampling) if sampling.filters else None
-    if keep is not None:
-        logits = logits.masked_fill(~keep, -torch.inf)
-    rows, size = logits.shape
-    below = logits - logits.amax(-1, keepdim=True)
-    weight = below.new_zeros(rows, -(-size // BLOCK) * BLOCK)
-    torch.exp(below, out=weight[:, :size])
-    blocks = weight.view(rows, -1, BLOCK)
-    sums = blocks.sum(-1).double()
+    logits, keep = logits[..., : sampling.vocabulary], None
+    if can_weigh(logits) and not sampling.filters:
+        over = sampling.temperature
+        weight, sums, largest, products = weigh(logits, over)
+    else:
+        logits, over = logits.float() / sampling.temperature, 1.0
+        if sampling.filters:
+            keep = keep_tokens(logits, sampling)
+            logits = logits.masked_fill(~keep, -torch.inf)
+        weight, sums, largest, products = _weigh(logits)
     total = sums.sum(-1)
-    point = torch.from_numpy(noise).to(logits.device)
-    block, share = _invert(sums, point)
-    inside, _ = _invert(blocks[torch.arange(rows, device=block.device), block].double(), share)
-    token = block * BLOCK + inside
-    logprob = below.gather(-1, token.unsqueeze(-1)).squeeze(-1) - total.log()
-    if keep is not None:
-        below.masked_fill_(~keep, 0.0)  # its weight is 0, and 0 * -inf would not be
-    mean = below.mul_(weight[:, :size]).sum(-1)
-    return Sampled(token, logprob.float(), (total.log() - mean / total).float(), keep)
+    block, share = _invert(sums, torch.from_numpy(noise).to(weight.device))
+    rows = torch.arange(len(weight), device=weight.device)
+    inside, _ = _invert(weight.view(*sums.shape, TOGETHER)[rows, block].double(), share)
+    token = block * TOGETHER + inside
+    chosen = logits.gather(-1, token.unsqueeze(-1)).squeeze(-1).float() / over
+    normalizer = total.log()
+    return Sampled(token, (chosen - largest - normalizer).float(), (normalizer - products / total).float(), keep)
+
+
+def _weigh(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`cpu_kernels.weigh` in torch's operations, of fp32 logits at temperature 1."""
+    rows, size = logits.shape
+    largest = logits.amax(-1)
+    below = logits - largest.unsqueeze(-1)
+    weight = below.new_zeros(rows, -(-size // TOGETHER) * TOGETHER)
+    torch.exp(below, out=weight[:, :size])
+    sums = weight.view(rows, -1, TOGETHER).sum(-1).double()
+    below.masked_fill_(below == -torch.inf, 0.0)  # its weight is 0, and 0 * -inf would not be
+    return weight, sums, largest, below.mul_(weight[:, :size]).sum(-1)
 
 
 def _invert(weights: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:

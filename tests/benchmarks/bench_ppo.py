@@ -8,7 +8,7 @@ so likely that answers end at random, after 53 of at most 128 tokens on average,
 its own (`--processes 2`: two ranks of one thread), in turn with the others and with a measurement of the machine, three iterations
 a turn of which the last counts (in earlier ones memory is still new); figures are medians over the turns.
 
-Below each stands what both say of the first. TRL gives a score one state late, after the answer's end, where that is
+Below each stands what both say of the first step. TRL gives a score one state late, after the answer's end, where that is
 before the limit (its `padding_mask_p1`), and counts that state in the value loss; `value_loss_trl` is the loss by its rule.
 """
 

@@ -116,7 +116,7 @@ def step(size: str, devices: Hardware) -> Step:
     batch = max(1, largest_batch(size, devices))
     found = {m.role: m for m in models(size, devices.world)}
     actor, critic = found["actor"], found["critic"]
-    run = Decode(batch, PROMPT, ANSWER, 2, 2, ways=ways(size, devices))
+    run = Decode(batch, PROMPT, ANSWER, 2, ways=ways(size, devices))
     prefill = batch * forward(actor.shape, PROMPT, 1)
     generation = compute_seconds(prefill, devices, "fp16") + decode_seconds(actor.shape, run, devices, "fp16")
     scores = batch * (forward(actor.shape, TOKENS, TOKENS) + 2 * forward(critic.shape, TOKENS, 0))

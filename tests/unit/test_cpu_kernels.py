@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from rlhf_core import cpu_kernels
-from rlhf_core.cpu_kernels import can_attend, can_pack, few_rows, packed, rows_attention, token_attention
+from rlhf_core.cpu_kernels import (
+    can_attend,
+    can_pack,
+    can_weigh,
+    few_rows,
+    packed,
+    rows_attention,
+    token_attention,
+    weigh,
+)
 
 ROOT = Path(__file__).parents[2]
 KINDS = [torch.float32, torch.bfloat16]
@@ -108,6 +117,29 @@ def test_products_of_few_rows(inputs, outputs, kind):
         exact = x.double() @ weight.double().t()
         assert error(few_rows(x, panels, None, outputs), exact) < CLOSE[kind]
         assert error(few_rows(x, panels, bias, outputs), exact + bias.double()) < CLOSE[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("size", "temperature"), [(1, 1.0), (128, 0.7), (1000, 1.0), (50_257, 1.3)])
+def test_weights_of_a_distribution(size, temperature, kind):
+    logits = (4 * torch.randn(3, size + 5)).to(kind)[:, :size]
+    assert can_weigh(logits)
+    weights, sums, largest, products = weigh(logits, temperature)
+    tempered = logits.double() / temperature
+    exact = (tempered - tempered.amax(-1, keepdim=True)).exp()
+    assert torch.allclose(largest.double(), tempered.amax(-1), rtol=1e-6)
+    assert torch.allclose(weights[:, :size].double(), exact, rtol=3e-6) and not weights[:, size:].any()
+    assert sums.shape == (3, -(-size // 128)) and torch.allclose(sums.sum(-1), exact.sum(-1), rtol=1e-6)
+    mean = (exact * (tempered - tempered.amax(-1, keepdim=True))).sum(-1)
+    assert torch.allclose(products, mean, rtol=1e-5, atol=1e-9)
+
+
+def test_weights_of_tokens_that_cannot_be_and_of_what_is_not_a_number():
+    logits = torch.randn(2, 300)
+    logits[0, 7], logits[0, 299], logits[1, 3] = -torch.inf, -torch.inf, torch.nan
+    weights, sums, _, products = weigh(logits, 1.0)
+    assert weights[0, 7] == 0 == weights[0, 299] and torch.isfinite(products[0]) and torch.isfinite(sums[0]).all()
+    assert weights[1, 3].isnan() and sums[1, 0].isnan()
 
 
 def test_bits_do_not_depend_on_the_number_of_threads():

@@ -31,8 +31,10 @@ TOGETHER = 128  # weights of a distribution that are summed up together
 
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernels are there and take tensors like these, `[…, head size]`."""
-    fits = query.shape[-1] % LANES == 0 and query.shape[-1] <= LARGEST and value.shape[-1] == query.shape[-1]
+    """Whether the kernels are there and take tensors like these, `[rows, heads, tokens, head size]`."""
+    size = query.shape[-1]
+    fits = size % LANES == 0 and size <= LARGEST and key.shape == value.shape and key.shape[-1] == size
+    fits = fits and query.shape[0] == key.shape[0] and query.shape[1] % key.shape[1] == 0
     side_by_side = query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     alike = query.dtype == key.dtype == value.dtype and query.dtype in KINDS and query.device.type == "cpu"
     return fits and side_by_side and alike and library() is not None
@@ -49,7 +51,12 @@ def rows_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[
 
     Returns:
         `[1, tokens, heads, head size]`.
+
+    Raises:
+        ValueError: the lengths are not those of the tokens.
     """
+    if sum(lengths) != query.shape[2] or query.shape[2] != key.shape[2] or min(lengths) < 0:
+        raise ValueError(f"lengths: {list(lengths)} for {query.shape[2]} queries and {key.shape[2]} keys")
     return _Rows.apply(query, key, value, lengths, query.shape[-1] ** -0.5 if scale is None else scale)  # pyright: ignore
 
 
@@ -99,9 +106,11 @@ def packed(weight: Tensor) -> Tensor:
 
 
 def few_rows(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-    """The linear layer whose weight is `packed` in `panels`, of `[…, inputs]`."""
+    """The linear layer whose weight is `packed` in `panels`, of `[…, inputs]`. ValueError: `x` is of another type or size."""
     x = x.contiguous()
     inputs = x.shape[-1]
+    if x.dtype != panels.dtype or panels.numel() != -(-outputs // LANES) * LANES * inputs:
+        raise ValueError(f"x: {list(x.shape)} {x.dtype} for a layer of other weights, {panels.dtype}")
     out = x.new_empty((*x.shape[:-1], outputs))
     _function("few_rows", x.dtype)(
         _at(x), _at(panels), None if bias is None else _at(bias), _at(out),

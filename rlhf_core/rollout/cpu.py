@@ -98,7 +98,8 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Of single tokens by our kernel, else by torch's in the keys' type; the result in the query's."""
-    shown = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
+    shape = (len(query), 1, 1, key.shape[2])
+    shown = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape == shape)
     if query.shape[2] == 1 and shown and key.stride() == value.stride() and can_attend(query, key, value):
         return token_attention(query, key, value, attention_mask, more.get("scaling")), None
     attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS["sdpa"]

@@ -175,6 +175,18 @@ def test_what_the_kernels_do_not_take():
     assert not can_pack(torch.randn(4, 7).bfloat16()) and not can_pack(torch.randn(4, 8).half())
 
 
+def test_lengths_and_sizes_that_do_not_fit_are_errors_not_memory_of_others():
+    query, key, value = (tokens(2, 8, 32, torch.float32) for _ in range(3))
+    for lengths in ((4, 5), (9, -1), (3,)):
+        with pytest.raises(ValueError, match="lengths"):
+            rows_attention(query, key, value, lengths, None)
+    assert not can_attend(query, tokens(3, 8, 32, torch.float32), tokens(3, 8, 32, torch.float32))
+    panels = packed(torch.randn(20, 8))
+    for x in (torch.randn(2, 9), torch.randn(2, 8).bfloat16()):
+        with pytest.raises(ValueError, match="other weights"):
+            few_rows(x, panels, None, 20)
+
+
 COMPILE = """
 from rlhf_core import cpu_kernels
 print(cpu_kernels.library() is not None)

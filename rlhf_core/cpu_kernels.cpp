@@ -203,10 +203,9 @@ struct Heads {  // strides between tokens and between heads, in numbers
 template <typename T>
 void forward(const T* q, const T* k, const T* v, T* out, float* logs, int64_t tokens, const int64_t* ends, int64_t rows,
              int64_t heads, int64_t kv_heads, int64_t d, Heads of_q, Heads of_k, Heads of_v, float scale) {
-  const int64_t group = heads / kv_heads;
 #pragma omp parallel for schedule(dynamic)
-  for (int64_t task = 0; task < rows * kv_heads; task++) {
-    const int64_t row = task / kv_heads, shared = task % kv_heads;
+  for (int64_t task = 0; task < rows * heads; task++) {
+    const int64_t row = task / heads, head = task % heads, shared = head * kv_heads / heads;
     const int64_t begin = row ? ends[row - 1] : 0, n = ends[row] - begin;
     if (n <= 0) continue;
     const int64_t width = up(n, LANES);
@@ -215,31 +214,29 @@ void forward(const T* q, const T* k, const T* v, T* out, float* logs, int64_t to
           *o = part.take(TALL * d);
     turn(k + begin * of_k.token + shared * of_k.head, of_k.token, n, width, d, kt);
     widen(v + begin * of_v.token + shared * of_v.head, of_v.token, n, n, d, 1.0f, vs);
-    for (int64_t head = shared * group; head < (shared + 1) * group; head++) {
-      for (int64_t i = 0; i < n; i += TALL) {
-        const int64_t count = std::min(TALL, n - i), seen = std::min(n, i + TALL), columns = up(seen, LANES);
-        widen(q + (begin + i) * of_q.token + head * of_q.head, of_q.token, count, TALL, d, scale, qs);
-        six_rows(qs, d, 1, kt, width, d, s, width, columns, false);
-        float sums[TALL];
-        for (int64_t r = 0; r < TALL; r++) {
-          const int64_t here = std::min(i + r + 1, n);
-          const float most = largest(s + r * width, here);
-          sums[r] = total(weigh(s + r * width, here, columns, most));
-          if (r < count) logs[head * tokens + begin + i + r] = most + std::log(sums[r]);
-        }
-        six_rows(s, width, 1, vs, d, seen, o, d, d, false);
-        for (int64_t r = 0; r < count; r++) {
-          const float share = 1.0f / sums[r];
-          for (int64_t x = 0; x < d; x++) o[r * d + x] *= share;
-        }
-        narrow(o, count, d, out + ((begin + i) * heads + head) * d, heads * d);
+    for (int64_t i = 0; i < n; i += TALL) {
+      const int64_t count = std::min(TALL, n - i), seen = std::min(n, i + TALL), columns = up(seen, LANES);
+      widen(q + (begin + i) * of_q.token + head * of_q.head, of_q.token, count, TALL, d, scale, qs);
+      six_rows(qs, d, 1, kt, width, d, s, width, columns, false);
+      float sums[TALL];
+      for (int64_t r = 0; r < TALL; r++) {
+        const int64_t here = std::min(i + r + 1, n);
+        const float most = largest(s + r * width, here);
+        sums[r] = total(weigh(s + r * width, here, columns, most));
+        if (r < count) logs[head * tokens + begin + i + r] = most + std::log(sums[r]);
       }
+      six_rows(s, width, 1, vs, d, seen, o, d, d, false);
+      for (int64_t r = 0; r < count; r++) {
+        const float share = 1.0f / sums[r];
+        for (int64_t x = 0; x < d; x++) o[r * d + x] *= share;
+      }
+      narrow(o, count, d, out + ((begin + i) * heads + head) * d, heads * d);
     }
   }
 }
 
 // With P the weights, D the gradient of the result O: dV = P' D, dS = P (D V' - sum D O), dQ = dS K, dK = dS' Q, the last two scaled
-// (Dao et al. 2022, algorithm 4).
+// (Dao et al. 2022, algorithm 4). Queries that share keys are one thread's, as it adds up the gradients of those keys.
 template <typename T>
 void backward(const T* given, const T* q, const T* k, const T* v, const T* out, const float* logs, T* dq, T* dk, T* dv,
               int64_t tokens, const int64_t* ends, int64_t rows, int64_t heads, int64_t kv_heads, int64_t d, Heads of_given,
@@ -433,6 +430,8 @@ void panel(const Bf16* x, const Bf16* weights, const Bf16* bias, Bf16* to, int64
     const __m256bh rounded = _mm512_cvtneps_pbh((__m512)(sum[m] + load(bias)));
     std::memcpy(to + m * stride, &rounded, 32);
   }
+#else
+  __builtin_trap();  // has_bfloat16 said so
 #endif
 }
 
@@ -474,14 +473,15 @@ extern "C" void pack(const uint32_t* from, uint32_t* to, int64_t outputs, int64_
   }
 }
 
-extern "C" int has_few_rows_float32() {
+// Whether vectors are as wide as these kernels were written and measured for, and whether products of bf16 are there.
+extern "C" int has_float32() {
 #ifdef __AVX512F__
   return 1;
 #else
   return 0;
 #endif
 }
-extern "C" int has_few_rows_bfloat16() {
+extern "C" int has_bfloat16() {
 #ifdef __AVX512BF16__
   return 1;
 #else

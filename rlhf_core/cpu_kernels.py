@@ -1,14 +1,13 @@
 """Kernels of our own for CPUs (`cpu_kernels.cpp`), where torch's reach a fraction of the processor's speed.
 
 Attention in fp32, whatever the type of queries and keys, and products of few rows. They are compiled once on a machine, in
-seconds, into the user's cache folder; where no compiler is found, or it fails, torch's are used and that is said once.
+seconds, into the user's cache folder; without a compiler or AVX-512 torch's are used, which is said once.
 """
 
 import ctypes
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlhf_core.compiler import compiler
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
@@ -30,14 +32,18 @@ FEW = 64  # rows; more are for oneDNN
 TOGETHER = 128  # weights of a distribution that are summed up together
 
 
+def takes_heads(size: int) -> bool:
+    """Whether the kernels are there and attend in heads of that size."""
+    return size % LANES == 0 and size <= LARGEST and library() is not None
+
+
 def can_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernels are there and take tensors like these, `[rows, heads, tokens, head size]`."""
-    size = query.shape[-1]
-    fits = size % LANES == 0 and size <= LARGEST and key.shape == value.shape and key.shape[-1] == size
+    fits = query.shape[-1] == key.shape[-1] and key.shape == value.shape
     fits = fits and query.shape[0] == key.shape[0] and query.shape[1] % key.shape[1] == 0
     side_by_side = query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     alike = query.dtype == key.dtype == value.dtype and query.dtype in KINDS and query.device.type == "cpu"
-    return fits and side_by_side and alike and library() is not None
+    return fits and side_by_side and alike and takes_heads(query.shape[-1])
 
 
 def rows_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float | None) -> Tensor:
@@ -90,7 +96,7 @@ def can_pack(weight: Tensor) -> bool:
     """Whether there is a kernel for products of few rows with weights like this, `[outputs, inputs]`."""
     if weight.dtype not in KINDS or weight.device.type != "cpu" or library() is None:
         return False
-    return weight.shape[1] * weight.itemsize % 4 == 0 and bool(_function("has_few_rows", weight.dtype, ctypes.c_int)())
+    return weight.shape[1] * weight.itemsize % 4 == 0 and bool(_function("has", weight.dtype, ctypes.c_int)())
 
 
 def packed(weight: Tensor) -> Tensor:
@@ -106,11 +112,13 @@ def packed(weight: Tensor) -> Tensor:
 
 
 def few_rows(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-    """The linear layer whose weight is `packed` in `panels`, of `[…, inputs]`. ValueError: `x` is of another type or size."""
+    """The linear layer whose weight is `packed` in `panels`, of `[…, inputs]`. ValueError: types or sizes do not fit."""
     x = x.contiguous()
     inputs = x.shape[-1]
     if x.dtype != panels.dtype or panels.numel() != -(-outputs // LANES) * LANES * inputs:
         raise ValueError(f"x: {list(x.shape)} {x.dtype} for a layer of other weights, {panels.dtype}")
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (outputs,) or not bias.is_contiguous()):
+        raise ValueError(f"bias: {list(bias.shape)} {bias.dtype} for {outputs} outputs, {x.dtype}")
     out = x.new_empty((*x.shape[:-1], outputs))
     _function("few_rows", x.dtype)(
         _at(x), _at(panels), None if bias is None else _at(bias), _at(out),
@@ -166,7 +174,8 @@ class _Rows(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         (given,) = gradients
         given = given if given.stride(-1) == 1 else given.contiguous()
         query, key, value, out, logs = ctx.saved_tensors
@@ -206,26 +215,26 @@ def _function(name: str, kind: torch.dtype, gives: Any = None) -> Any:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The kernels, compiled if they are not yet; None: they cannot be, which is said once."""
+    """The kernels, compiled if they are not yet; None: there are none for this machine, which is said once."""
     try:
-        return ctypes.CDLL(str(_compiled()))
+        found = ctypes.CDLL(str(_compiled()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip()[-300:]
-        print(
-            f"kernels: torch's are used, as ours cannot be compiled here ({reason})",
-            file=sys.stderr,
-            flush=True,
-        )
-        return None
+        return _without(f"as ours cannot be compiled here ({reason})")
+    return found if found.has_float32() else _without("as this processor has no AVX-512")
+
+
+def _without(why: str) -> None:
+    print(f"kernels: torch's are used, {why}", file=sys.stderr, flush=True)
 
 
 def _compiled() -> Path:
     """The file of the kernels for this processor; OSError, SubprocessError, RuntimeError (no home folder): none can be made."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
+    command = compiler()
+    if not command:
         raise FileNotFoundError("no C++ compiler")
     version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=SECONDS
+        [*command, "--version"], capture_output=True, text=True, check=True, timeout=SECONDS
     ).stdout
     what = "\n".join((SOURCE.read_text(), " ".join(FLAGS), version, _processor()))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf"
@@ -234,7 +243,7 @@ def _compiled() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # no lock: ranks that come at once compile it each
             made = Path(scratch) / path.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+            command += [*FLAGS, str(SOURCE), "-o", str(made)]
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
             made.replace(path)
     return path

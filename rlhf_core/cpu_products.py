@@ -6,15 +6,14 @@ takes up on processors with AMX alone; elsewhere it computes in fp32. That is te
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 FROM_FAMILY = 26  # Zen 5
-MATMUL: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
 SHAPES = ((64, 256, 96), (16, 768, 512), (400, 50, 300))
 TOLERANCE = 1e-5  # of a product's spread; with bf16 it is some 1e-2
 
@@ -23,23 +22,23 @@ def use_fast_products() -> bool:
     """Have oneDNN compute fp32 products in this process from here on, where that is faster and as exact; whether it does."""
     if not _is_faster(_processor()):
         return False
-    before = MATMUL.fp32_precision
-    MATMUL.fp32_precision = "bf16"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
     if max(_errors()) < TOLERANCE:
         return True
-    MATMUL.fp32_precision = before
+    torch.set_float32_matmul_precision(before)
     return False
 
 
 @contextmanager
 def usual_products() -> Iterator[None]:
-    """torch's own choice within a `with` block: in products of single tokens with their keys oneDNN's calls cost more."""
-    before = MATMUL.fp32_precision
-    MATMUL.fp32_precision = "ieee"
+    """MKL's within a `with` block, in plain fp32: in products of single tokens with their keys oneDNN's calls cost more."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        MATMUL.fp32_precision = before
+        torch.set_float32_matmul_precision(before)
 
 
 def _processor() -> str:
@@ -56,7 +55,7 @@ def _is_faster(processor: str) -> bool:
     return amd and "avx512f" in processor and "amx" not in processor and torch.backends.mkldnn.is_available()
 
 
-def _errors() -> Iterator[float]:
+def _errors(product: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> Iterator[float]:
     """Largest errors of products of several shapes, as they occur forwards and backwards, relative to the products' spread."""
     noise = torch.Generator().manual_seed(0)
     for rows, inner, columns in SHAPES:
@@ -64,4 +63,4 @@ def _errors() -> Iterator[float]:
         c = torch.randn(rows, columns, generator=noise)
         for left, right in ((a, b.t()), (c, b), (c.t(), a)):
             exact = left.double() @ right.double()
-            yield float(((left @ right).double() - exact).abs().max() / exact.std())
+            yield float((product(left, right).double() - exact).abs().max() / exact.std())

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from rlhf_core.compiler import compiler
 from rlhf_core.errors import AlreadyExists, ConfigError, RlhfError
 from rlhf_core.guard import pids, variable
 from rlhf_core.launch import PORTS, accelerator, build_locks, cores
@@ -173,9 +174,9 @@ def check_accelerator() -> Check:
 
 def check_compiler() -> Check:
     """A C++ compiler, for our kernels on CPUs (slower without), and ninja, for deepspeed's extensions."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    found = " ".join(compiler())
     ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    missing = [name for name, found in (("a C++ compiler", compiler), ("ninja", ninja)) if not found]
+    missing = [name for name, there in (("a C++ compiler", found), ("ninja", ninja)) if not there]
     if missing:
         return Check(
             "compiler",
@@ -183,7 +184,7 @@ def check_compiler() -> Check:
             "without " + " and ".join(missing),
             "apt install g++ ninja-build: CPUs are slower without a compiler",
         )
-    return Check("compiler", True, f"{compiler}, {ninja}")
+    return Check("compiler", True, f"{found}, {ninja}")
 
 
 def check_build_locks() -> Check:

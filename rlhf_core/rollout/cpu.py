@@ -1,11 +1,10 @@
 """What makes decoding fast on a CPU, for the time of a rollout: weights in the kernels' own layout, attention to single tokens.
 
 A linear layer of a few rows costs what reading its weights costs. They are laid out as our kernel reads them (`cpu_kernels`), or,
-where there is none, as oneDNN's does; either way this is a copy of the weights in memory. Prompts go through oneDNN.
-Attention of one new token takes a kernel of ours a third of the time of torch's. Where there is none a bf16 model's cache is kept
-in fp32, of which more digits are the only other effect: over bf16 keys torch's kernel takes 3.7 times as long.
-(OPT-125m's layers: `bench_rollout.py`.) Models that do not take their attention from transformers' interface, and weights
-that are divided among ranks, stay as they are.
+where there is none, as oneDNN's does; either way this is a copy of the weights in memory. Longer prompts go through oneDNN.
+Attention of one new token takes our kernel a third of the time of torch's (`bench_kernels.py`). Where it cannot be had a bf16
+model's cache is kept in fp32, of which more digits are the only other effect: torch's kernel takes 3.7 times as long over bf16 keys.
+Models that do not take their attention from transformers' interface, and weights that are divided among ranks, stay as they are.
 """
 
 import sys
@@ -21,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_core.cpu_kernels import FEW, can_attend, can_pack, few_rows, library, packed, token_attention
+from rlhf_core.cpu_kernels import FEW, can_attend, can_pack, few_rows, packed, takes_heads, token_attention
 from rlhf_core.cpu_products import usual_products
 
 ROWS = 16  # that the layout is chosen for
@@ -44,7 +43,7 @@ def fast_steps(model: nn.Module) -> Iterator[torch.dtype | None]:
             config: Any = model.config
             undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
             config._attn_implementation = TOKEN
-        wide = replaced and library() is None and next(model.parameters()).dtype == torch.bfloat16
+        wide = replaced and next(model.parameters()).dtype == torch.bfloat16 and not takes_heads(_head_size(model))
         yield torch.float32 if wide else None
 
 
@@ -92,6 +91,11 @@ def _takes_other_attention(model: Any) -> bool:
     """Attention by torch's kernel, through the interface in which another can be named."""
     module = sys.modules[type(model).__module__]
     return model.config._attn_implementation == "sdpa" and hasattr(module, "ALL_ATTENTION_FUNCTIONS")
+
+
+def _head_size(model: Any) -> int:
+    config = model.config.get_text_config()
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _attention(

@@ -98,7 +98,7 @@ def sample_token(logits: Tensor, sampling: Sampling, noise: np.ndarray) -> Sampl
     block, share = _invert(sums, torch.from_numpy(noise).to(weight.device))
     rows = torch.arange(len(weight), device=weight.device)
     inside, _ = _invert(weight.view(*sums.shape, TOGETHER)[rows, block].double(), share)
-    token = block * TOGETHER + inside
+    token = (block * TOGETHER + inside).clamp(max=logits.shape[-1] - 1)  # of NaN too, which the log-probability tells
     chosen = logits.gather(-1, token.unsqueeze(-1)).squeeze(-1).float() / over
     normalizer = total.log()
     return Sampled(token, (chosen - largest - normalizer).float(), (normalizer - products / total).float(), keep)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlhf_core.cpu_kernels import few_rows, packed, rows_attention, token_attention
+from rlhf_core.cpu_kernels import can_pack, few_rows, library, packed, rows_attention, token_attention
 from rlhf_core.cpu_products import use_fast_products, usual_products
 
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -45,8 +45,13 @@ def torch_rows(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) ->
 
 
 def backwards(attend: Kernel) -> Kernel:
-    """The gradient of the query, after all three were computed."""
-    return lambda x: torch.autograd.grad(attend(x).sum(), x)[0]
+    """All three gradients, side by side."""
+
+    def call(x: list[Tensor]) -> Tensor:
+        inputs = [t.detach().requires_grad_() for t in x]
+        return torch.cat(torch.autograd.grad(attend(inputs).sum(), inputs))
+
+    return call
 
 
 def rows(kind: torch.dtype, tokens: int) -> Iterator[Case]:
@@ -54,17 +59,17 @@ def rows(kind: torch.dtype, tokens: int) -> Iterator[Case]:
 
     def make() -> list[Tensor]:
         shape = (1, sum(lengths), HEADS, SIZE)
-        return [torch.randn(shape).to(kind).transpose(1, 2).requires_grad_() for _ in range(3)]
+        return [torch.randn(shape).to(kind).transpose(1, 2) for _ in range(3)]
 
     systems: dict[str, Kernel] = {
         "ours": lambda x: rows_attention(*x, lengths, None),
         "torch": lambda x: torch_rows(*x, lengths),
     }
     inputs = many(make, 8 * 3 * tokens * HEADS * SIZE * kind.itemsize)
-    exact: Kernel = lambda x: torch_rows(*(t.double() for t in x), lengths)  # noqa: E731
-    yield f"rows of {tokens}", inputs, systems, exact
+    plain = systems["torch"]
+    yield f"rows of {tokens}", inputs, systems, lambda x: plain([t.double() for t in x])
     through = {name: backwards(attend) for name, attend in systems.items()}
-    yield f"rows of {tokens}, both ways", inputs, through, backwards(exact)
+    yield f"rows of {tokens}, both ways", inputs, through, lambda x: backwards(plain)([t.double() for t in x])
 
 
 def token(kind: torch.dtype, columns: int) -> Iterator[Case]:
@@ -85,10 +90,14 @@ def linear(kind: torch.dtype, inside: int, outside: int) -> Iterator[Case]:
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
         weight = torch.randn(outside, inside).to(kind)
-        return weight, packed(weight), torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
+        return (
+            weight,
+            packed(weight) if can_pack(weight) else weight,
+            torch.ops.mkldnn._reorder_linear_weight(weight, len(x)),
+        )
 
     systems: dict[str, Kernel] = {
-        "ours": lambda w: few_rows(x, w[1], None, outside),
+        **({"ours": lambda w: few_rows(x, w[1], None, outside)} if can_pack(make()[0]) else {}),
         "torch": lambda w: functional.linear(x, w[0]),
         "oneDNN": lambda w: torch.ops.mkldnn._linear_pointwise(x, w[2], None, "none", [], ""),
     }
@@ -153,6 +162,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON")
     args = parser.parse_args()
+    if library() is None:
+        raise SystemExit("there are no kernels for this machine to be measured")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     found = []

@@ -127,6 +127,16 @@ def test_sampled_tokens_follow_the_softmax():
     assert ((counts - expected) ** 2 / expected).sum() < 16.27  # chi-square, 3 degrees of freedom, p = 0.001
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_logits_that_are_not_numbers_give_a_token_of_the_vocabulary_and_a_log_probability_that_tells(value, top_p):
+    logits = torch.zeros(2, 300)
+    logits[0, 5] = value
+    drawn = sample_token(logits, Sampling(1, top_p=top_p), np.array([0.99, 0.5]))
+    assert int(drawn.token.max()) < 300
+    assert not torch.isfinite(drawn.logprob[0]) and torch.isfinite(drawn.logprob[1])
+
+
 def test_noise_is_uniform_and_differs_by_seed_sample_and_position():
     x = uniform(0, np.arange(50_000), 0)
     assert 0 <= x.min() and x.max() < 1

@@ -3,7 +3,7 @@
 A linear layer of a few rows costs what reading its weights costs. They are laid out as our kernel reads them (`cpu_kernels`), or,
 where there is none, as oneDNN's does; either way this is a copy of the weights in memory. Longer prompts go through oneDNN.
 Attention of one new token takes our kernel a third of the time of torch's (`bench_kernels.py`). Where it cannot be had a bf16
-model's cache is kept in fp32, of which more digits are the only other effect: torch's kernel takes 3.7 times as long over bf16 keys.
+model's cache is kept in fp32, of which more digits are the only other effect: torch's takes 3.7 times as long over bf16 keys.
 Models that do not take their attention from transformers' interface, and weights that are divided among ranks, stay as they are.
 """
 

@@ -89,8 +89,9 @@ def value_loss_trl(trainer: Any, e: Any) -> float:
 
     ids = torch.nn.functional.pad(e.response_ids, (0, 1))
     mask = torch.nn.functional.pad(e.response_mask, (0, 1))
-    short = e.response_mask.sum(1) < NEW
-    mask[short, e.response_mask.sum(1)[short]] = 1
+    lengths = e.response_mask.sum(1)
+    short = lengths < lengths.max()  # the longest fills the width, and has its score at its last token
+    mask[short, lengths[short]] = 1
     with torch.no_grad():
         values = response_values(trainer.engine.critic, e.prompt_ids, e.prompt_mask, ids, mask)
     kl = torch.nn.functional.pad(pm.select(e.logprobs - e.ref_logprobs, e.response_mask), (0, 1))

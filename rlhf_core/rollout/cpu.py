@@ -21,7 +21,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_core.cpu_kernels import FEW, can_attend, can_pack, few_rows, packed, takes_heads, token_attention
-from rlhf_core.cpu_products import usual_products
 
 ROWS = 16  # that the layout is chosen for
 TOKEN = "rlhf_token"
@@ -37,7 +36,6 @@ def fast_steps(model: nn.Module) -> Iterator[torch.dtype | None]:
         for layer in model.modules():
             if _can_be_packed(layer):
                 _replace_forward(layer, undo)
-        undo.enter_context(usual_products())
         replaced = _takes_other_attention(model)
         if replaced:
             config: Any = model.config

@@ -1,11 +1,13 @@
 """`generate`: one answer to each prompt, by the engine that resources name."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from rlhf_core.cpu_products import usual_products
 from rlhf_core.rollout.answers import Rollout
 from rlhf_core.rollout.native import generate_native
 from rlhf_core.rollout.on_vllm import generate_vllm
@@ -57,4 +59,5 @@ def generate(
     """
     names = np.asarray(sample_ids, dtype=np.int64)
     asked = Request(prompts, names, sampling, seed, eos, pad, batch_size, lock_step, on_batch, on_token)
-    return ENGINES[engine](model, asked)
+    with usual_products() if next(model.parameters()).device.type == "cpu" else nullcontext():
+        return ENGINES[engine](model, asked)

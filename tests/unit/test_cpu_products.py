@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from test_rollout import tiny
 
 from rlhf_core import cpu_products
 from rlhf_core.cpu_products import _is_faster, use_fast_products, usual_products
+from rlhf_core.rollout import Sampling, generate
 
 ZEN = "vendor_id\t: AuthenticAMD\ncpu family\t: {family}\nmodel\t\t: 2\nflags\t\t: fpu avx2 {flags}\n"
 
@@ -64,3 +66,12 @@ def test_the_usual_products_come_back_after_an_error():
         assert torch.get_float32_matmul_precision() == "highest"
         raise ValueError("out")
     assert torch.get_float32_matmul_precision() == "medium"
+
+
+@pytest.mark.parametrize("engine", ["slots", "plain", "generate"])
+def test_every_engine_samples_with_the_usual_products(engine):
+    torch.set_float32_matmul_precision("medium")
+    model, seen = tiny("llama"), set()
+    model.register_forward_pre_hook(lambda *_: seen.add(torch.get_float32_matmul_precision()))
+    generate(model, [[5, 6, 7]], [0], Sampling(3), seed=0, eos=39, pad=0, engine=engine)
+    assert seen == {"highest"} and torch.get_float32_matmul_precision() == "medium"

@@ -120,12 +120,12 @@ void six_rows(const float* a, int64_t down, int64_t along, const float* b, int64
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // A thread's scratch memory, kept between calls.
-float* scratch(std::vector<float>& kept, int64_t numbers) {
+float* scratch(int64_t numbers) {
+  static thread_local std::vector<float> kept;
   if (int64_t(kept.size()) < numbers + LANES) kept.resize(numbers + LANES);
   float* at = kept.data();
   return at + (64 - reinterpret_cast<uintptr_t>(at) % 64) % 64 / 4;
 }
-thread_local std::vector<float> memory;
 
 struct Taker {  // parts of a thread's scratch memory, each from a boundary of 64 bytes
   float* next;
@@ -144,7 +144,7 @@ void widen(const T* from, int64_t stride, int64_t n, int64_t rows, int64_t d, fl
   std::fill(to + n * d, to + rows * d, 0.0f);
 }
 
-// The same turned round, `[d][columns]`.
+// The same turned round, `[d][columns]`, zeros from column n on; `columns`: n, up to a multiple of 16.
 template <typename T>
 void turn(const T* from, int64_t stride, int64_t n, int64_t columns, int64_t d, float* to) {
   for (int64_t x = 0; x < d; x += LANES) {
@@ -155,8 +155,6 @@ void turn(const T* from, int64_t stride, int64_t n, int64_t columns, int64_t d, 
       for (int64_t z = 0; z < LANES; z++)
         for (int64_t y = 0; y < LANES; y++) to[(x + z) * columns + j + y] = part[y][z];
     }
-    for (int64_t z = 0; z < LANES; z++)
-      for (int64_t j = up(n, LANES); j < columns; j++) to[(x + z) * columns + j] = 0.0f;
   }
 }
 
@@ -209,7 +207,7 @@ void forward(const T* q, const T* k, const T* v, T* out, float* logs, int64_t to
     const int64_t begin = row ? ends[row - 1] : 0, n = ends[row] - begin;
     if (n <= 0) continue;
     const int64_t width = up(n, LANES);
-    Taker part{scratch(memory, d * width + n * d + TALL * (2 * d + width) + 5 * LANES)};
+    Taker part{scratch(d * width + n * d + TALL * (2 * d + width) + 5 * LANES)};
     float *kt = part.take(d * width), *vs = part.take(n * d), *qs = part.take(TALL * d), *s = part.take(TALL * width),
           *o = part.take(TALL * d);
     turn(k + begin * of_k.token + shared * of_k.head, of_k.token, n, width, d, kt);
@@ -248,7 +246,7 @@ void backward(const T* given, const T* q, const T* k, const T* v, const T* out, 
     const int64_t begin = row ? ends[row - 1] : 0, n = ends[row] - begin;
     if (n <= 0) continue;
     const int64_t width = up(n, LANES), tall = up(n, TALL);
-    Taker part{scratch(memory, 2 * d * width + n * d + 2 * tall * d + 2 * BLOCK * (width + TALL) + 3 * BLOCK * d + 12 * LANES)};
+    Taker part{scratch(2 * d * width + n * d + 2 * tall * d + 2 * BLOCK * (width + TALL) + 3 * BLOCK * d + 12 * LANES)};
     float *kt = part.take(d * width), *vt = part.take(d * width), *ks = part.take(n * d), *gk = part.take(tall * d),
           *gv = part.take(tall * d), *p = part.take(BLOCK * (width + TALL)), *ds = part.take(BLOCK * (width + TALL)),
           *qs = part.take(BLOCK * d), *gs = part.take(BLOCK * d), *gq = part.take(BLOCK * d);
@@ -276,13 +274,12 @@ void backward(const T* given, const T* q, const T* k, const T* v, const T* out, 
               std::fill(changes, changes + ld, 0.0f);
               continue;
             }
-            weigh(weights, first + r + 1, ld / LANES * LANES, logs[head * tokens + begin + first + r]);
+            weigh(weights, first + r + 1, ld, logs[head * tokens + begin + first + r]);
             Floats sum = {};
             for (int64_t x = 0; x < d; x += LANES) sum += load(gs + r * d + x) * load(out + at * d + r * heads * d + x);
             const float shift = total(sum);
             for (int64_t j = 0; j < columns; j += LANES) put(changes + j, load(weights + j) * (load(changes + j) - shift));
             std::fill(changes + columns, changes + ld, 0.0f);
-            std::fill(weights + ld / LANES * LANES, weights + ld, 0.0f);
           }
         }
         for (int64_t i = 0; i < full; i += TALL) {
@@ -326,7 +323,7 @@ void token(const T* q, const T* k, const T* v, T* out, const uint8_t* mask, int6
     const uint8_t* seen = mask ? mask + row * mask_stride : nullptr;
     int64_t low = 0;
     while (seen && low < columns && !seen[low]) low++;
-    Taker part{scratch(memory, columns + 2 * d + 4 * LANES)};
+    Taker part{scratch(columns + 2 * d + 4 * LANES)};
     float *s = part.take(columns + LANES), *qs = part.take(d), *o = part.take(d);
     const T *keys = k + row * row_stride + shared * of_k.head, *values = v + row * row_stride + shared * of_k.head;
     for (int64_t head = shared * group; head < (shared + 1) * group; head++) {

@@ -7,7 +7,6 @@ seconds, into the user's cache folder; without a compiler or AVX-512 torch's are
 import ctypes
 import hashlib
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlhf_core.compiler import compiler
+from rlhf_core.cpu_products import processor
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
@@ -94,9 +94,9 @@ def token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
 
 def can_pack(weight: Tensor) -> bool:
     """Whether there is a kernel for products of few rows with weights like this, `[outputs, inputs]`."""
-    if weight.dtype not in KINDS or weight.device.type != "cpu" or library() is None:
+    if weight.dtype not in KINDS or weight.device.type != "cpu" or (found := library()) is None:
         return False
-    return weight.shape[1] * weight.itemsize % 4 == 0 and bool(_function("has", weight.dtype, ctypes.c_int)())
+    return weight.shape[1] * weight.itemsize % 4 == 0 and bool(getattr(found, f"has_{KINDS[weight.dtype]}")())
 
 
 def packed(weight: Tensor) -> Tensor:
@@ -205,11 +205,11 @@ def _strides(*tensors: Tensor) -> Any:
 
 
 @cache
-def _function(name: str, kind: torch.dtype, gives: Any = None) -> Any:
+def _function(name: str, kind: torch.dtype) -> Any:
     found = library()
     assert found is not None
     function = getattr(found, f"{name}_{KINDS[kind]}")
-    function.restype = gives
+    function.restype = None
     return function
 
 
@@ -236,7 +236,7 @@ def _compiled() -> Path:
     version = subprocess.run(
         [*command, "--version"], capture_output=True, text=True, check=True, timeout=SECONDS
     ).stdout
-    what = "\n".join((SOURCE.read_text(), " ".join(FLAGS), version, _processor()))
+    what = "\n".join((SOURCE.read_text(), " ".join(FLAGS), version, processor()))  # a home folder may be shared
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf"
     path = folder / f"kernels-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
     if not path.exists():
@@ -247,12 +247,3 @@ def _compiled() -> Path:
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
             made.replace(path)
     return path
-
-
-def _processor() -> str:
-    """What instructions this machine has, as a home folder may be shared by several."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "\n".join(sorted({x for x in lines if x.startswith(("model", "flags", "Features", "cpu family"))}))
-    except OSError:
-        return platform.processor()

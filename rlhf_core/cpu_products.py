@@ -5,6 +5,7 @@ as fast (`tests/benchmarks/bench_kernels.py`). torch's only switch to oneDNN is 
 takes up on processors with AMX alone; elsewhere it computes in fp32. That is tested before the switch is left on.
 """
 
+import platform
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 FROM_FAMILY = 26  # Zen 5
+TOLD = ("vendor_id", "cpu family", "model", "flags", "Features")
 SHAPES = ((64, 256, 96), (16, 768, 512), (400, 50, 300))
 TOLERANCE = 1e-5  # of a product's spread; with bf16 it is some 1e-2
 
 
 def use_fast_products() -> bool:
     """Have oneDNN compute fp32 products in this process from here on, where that is faster and as exact; whether it does."""
-    if not _is_faster(_processor()):
+    if not _is_faster(processor()):
         return False
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
@@ -41,15 +43,17 @@ def usual_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What this machine's processor is and what instructions it has, in the lines of /proc/cpuinfo where there is one."""
     try:
-        return Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "\n".join(sorted({x for x in lines if x.startswith(TOLD)}))
     except OSError:
-        return ""
+        return platform.processor()
 
 
 def _is_faster(processor: str) -> bool:
-    """Whether a processor (its part of /proc/cpuinfo) is one on which this was measured: AMD's from Zen 5 on, without AMX."""
+    """Whether what `processor` says is one on which this was measured: AMD's from Zen 5 on, without AMX."""
     family = re.search(r"^cpu family\s*:\s*(\d+)$", processor, re.MULTILINE)
     amd = family is not None and "AuthenticAMD" in processor and int(family[1]) >= FROM_FAMILY
     return amd and "avx512f" in processor and "amx" not in processor and torch.backends.mkldnn.is_available()

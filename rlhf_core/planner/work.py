@@ -65,7 +65,7 @@ def cache_numbers(shape: Shape) -> int:
 def decode_seconds(shape: Shape, run: Decode, hardware: Hardware, precision: str) -> float:
     """Seconds of all `answer` steps of `rows` rows; the prompts' pass is not in it."""
     context = run.prompt + run.answer / 2
-    read = shape.parameters * run.size / run.ways + run.rows * context * cache_numbers(shape) * run.size
+    read = run.size * (shape.parameters / run.ways + run.rows * context * cache_numbers(shape))
     reading = read / (READING * 1e9 * hardware.bandwidth)
     computing = run.rows * forward(shape, 1, 1) / (TRAINING * hardware.peak(precision))
     launching = 0.0 if hardware.cpu else LAUNCH * shape.layers

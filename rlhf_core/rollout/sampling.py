@@ -89,7 +89,9 @@ def sample_token(logits: Tensor, sampling: Sampling, noise: np.ndarray) -> Sampl
         over = sampling.temperature
         weight, sums, largest, products = weigh(logits, over)
     else:
-        logits, over = logits.float() / sampling.temperature, 1.0
+        logits, over = logits.float(), 1.0
+        if sampling.temperature != 1.0:
+            logits = logits / sampling.temperature
         if sampling.filters:
             keep = keep_tokens(logits, sampling)
             logits = logits.masked_fill(~keep, -torch.inf)

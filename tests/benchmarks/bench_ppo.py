@@ -65,7 +65,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
         experience = trainer.score(rollout)
         trainer.measure(experience)
         clock.phase("score")
-        as_trl = value_loss_trl(trainer, experience)
+        beside = {"value_loss_trl": value_loss_trl(trainer, experience)} if i == 0 else {}
         clock.start()
         trainer.train_rlhf(experience)
         clock.phase("train")
@@ -75,7 +75,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
         said = trainer.metrics
         facts.append({
             "tokens": int(mask.sum()), "score": said["score"], "nats": float(-experience.logprobs[mask].sum() / own),
-            "actor_loss": said["actor_loss"], "critic_loss": said["critic_loss"], "value_loss_trl": as_trl,
+            "actor_loss": said["actor_loss"], "critic_loss": said["critic_loss"], **beside,
         })  # fmt: skip
     return {"iterations": clock.rows, "facts": facts, "answers": answers}
 
